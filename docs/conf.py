@@ -1,0 +1,28 @@
+"""Sphinx configuration. Needs no network: there is no intersphinx."""
+
+import ffr
+
+project = "ffr"
+author = "the ffr developers"
+copyright = "2026, the ffr developers"
+version = release = ffr.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown"}
+default_role = "literal"  # docstrings write `name` for an argument
+html_theme = "furo"
+html_title = f"ffr {release}"
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False
+
+# Names of other libraries: their pages are elsewhere, and the build stays off the network.
+nitpick_ignore = [("py:class", "ffr.cam.Maps")]  # a type variable
+nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|types|typing)\..*")]

@@ -1,0 +1,150 @@
+"""One page that shows what each step of the method does to an image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffr import FFR, draw
+from ffr.cam import normalize_cam, to_image
+from ffr.frequency import passed
+from ffr.prototypes import class_prototypes
+from ffr.rectification import RectificationLoss
+from ffr.refine import refine_label
+
+COLUMNS = (
+    ("image", "and the class\nshown in its row"),
+    ("spectrum", "of the features, log scale;\nbox: the low band (mu)"),
+    ("CAM", "of all frequencies:\nwhere the class is seen"),
+    ("low-band CAM", "the low band alone,\non the CAM's scale"),
+    ("high-band CAM", "the high band alone,\non the CAM's scale"),
+    ("selected tokens", "similarity to the class\nchanges without high band"),
+    ("pseudo label", "CAM refined by colour;\nthe training target"),
+    ("prediction", "of the trained head,\nno label needed"),
+    ("truth", "never seen\nin training"),
+)
+UNDECIDED = "undecided (ignored in training)"
+
+
+@torch.no_grad()
+def steps_of(
+    model: FFR,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    high: float,
+    low: float,
+    rectification: RectificationLoss,
+    refinement: nn.Module,
+) -> dict[str, Tensor]:
+    """The intermediate results that the picture shows, on the CPU.
+
+    The band CAMs are W X_low and W X_high after ReLU on one common scale per image and class.
+    """
+    size = (images.shape[2], images.shape[3])
+    patch = model.encoder.patch_size
+    out = model.outputs(images)
+    bands = torch.stack([out.cam, model.classifier.cam(out.low), model.classifier.cam(out.high)]).relu()
+    scale = bands.amax((0, 3, 4), keepdim=True)
+    bands = bands / torch.where(scale > 0, scale, 1)
+    vectors, valid = class_prototypes(out.final, out.cam, labels)
+    cam = normalize_cam(to_image(out.cam, size, patch), labels=labels)
+    spectrum = torch.fft.fftshift(torch.fft.fft2(out.final - out.final.mean((2, 3), keepdim=True)), dim=(2, 3))
+    results = {
+        "bands": bands,
+        "spectrum": spectrum.abs().mean(1),
+        "selected": rectification.select(features=out.final, low=out.low, prototypes=vectors, valid=valid),
+        "pseudo": refine_label(images, cam, labels, high=high, low=low, refinement=refinement),
+        "prediction": to_image(out.seg, size, patch).argmax(1),
+    }
+    return {name: value.cpu() for name, value in results.items()}
+
+
+def save_picture(
+    path: Path,
+    images: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    shown: dict[str, Tensor],
+    names: Sequence[str],
+    *,
+    mu: float,
+    title: str,
+) -> None:
+    """Draw one row per image and present class.
+
+    Args:
+        path: a PNG; written as it is given, so pass a temporary name.
+        images, masks, labels: as `recipe.scenes.Scenes`.
+        shown: what `steps_of` gave.
+        names: of the K classes.
+        mu: cut-off, for the box in the spectrum.
+        title: one line above the picture.
+    """
+    rows = [(i, int(k)) for i in range(len(images)) for k in labels[i].nonzero().flatten()]
+    side = 1.45
+    figure = Figure(figsize=(side * len(COLUMNS) + 0.3, side * len(rows) * 1.04 + 1.75), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
+    palette = draw.palette()
+    seen = {0}
+    for line, (i, k) in zip(axes, rows, strict=True):
+        image = images[i]
+        pixels = image.permute(1, 2, 0).numpy()
+        faint = (pixels * 0.35 + 255 * 0.65).astype(np.uint8)
+        panels = [pixels, None, *(draw.heatmap(band, image) for band in _enlarge(shown["bands"][:, i, k], image)), None]
+        for label in (shown["pseudo"][i], shown["prediction"][i], masks[i]):
+            panels.append(draw.colorize(label))
+            seen |= set(label.unique().tolist())
+        for axis, panel, (head, said) in zip(line, panels, COLUMNS, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if panel is not None:
+                axis.imshow(panel, interpolation="nearest")
+            if line is axes[0]:
+                axis.set_title(head, fontsize=10, fontweight="bold", pad=26)
+                axis.text(
+                    0.5, 1.03, said, transform=axis.transAxes, ha="center", va="bottom", fontsize=6.5, color="#444"
+                )
+        line[0].set_ylabel(names[k], fontsize=10)
+        _draw_spectrum(line[1], shown["spectrum"][i].numpy(), mu)
+        _draw_selected(line[5], faint, shown["selected"][i, k].numpy(), palette[k + 1])
+    handles = [
+        Patch(facecolor=palette[v] / 255, label="background" if v == 0 else names[v - 1]) for v in sorted(seen - {255})
+    ]
+    handles.append(Patch(facecolor=palette[255] / 255, label=UNDECIDED))
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11, y=0.995)
+    height = figure.get_size_inches()[1]
+    figure.subplots_adjust(
+        left=0.035, right=0.995, bottom=0.45 / height, top=1 - 1.1 / height, wspace=0.06, hspace=0.06
+    )
+    figure.savefig(path, format="png")
+
+
+def _enlarge(maps: Tensor, image: Tensor) -> Tensor:
+    size = (image.shape[1], image.shape[2])
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].clamp(0, 1)
+
+
+def _draw_spectrum(axis: Axes, spectrum: np.ndarray, mu: float) -> None:
+    height, width = spectrum.shape
+    axis.imshow(np.log(spectrum + 1e-3 * spectrum.max()), cmap="magma", interpolation="nearest")
+    x, y = passed(width, mu), passed(height, mu)
+    corner = (width // 2 - x - 0.5, height // 2 - y - 0.5)  # zero frequency lies at n // 2 after the shift
+    axis.add_patch(Rectangle(corner, 2 * x + 1, 2 * y + 1, fill=False, edgecolor="#4af", linewidth=1.4))
+
+
+def _draw_selected(axis: Axes, faint: np.ndarray, selected: np.ndarray, colour: np.ndarray) -> None:
+    height, width = faint.shape[:2]
+    axis.imshow(faint, interpolation="nearest", extent=(0, width, height, 0))
+    layer = np.zeros((*selected.shape, 4))
+    layer[selected] = (*(colour / 255), 0.85)
+    axis.imshow(layer, interpolation="nearest", extent=(0, width, height, 0))

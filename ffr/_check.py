@@ -1,0 +1,132 @@
+"""The one wording of a shape, dtype or range error. Looks at metadata only, never at tensor values."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def bind(
+    owner: str,
+    /,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    remedy: str = "",
+    **tensors: tuple[Tensor, str],
+) -> dict[str, int]:
+    """Match tensors against axis patterns such as ``"B D h w"`` and return the size of every axis.
+
+    A name stands for one size in all patterns of the call; a number stands for itself; ``_`` fits anything.
+
+    Args:
+        owner: the public function, first word of the message.
+        sizes: axes known beforehand.
+        remedy: last sentence of the message, in the imperative.
+        **tensors: argument name -> (tensor, pattern).
+
+    Raises:
+        TypeError: if an argument is no tensor.
+        ValueError: if a shape does not fit.
+    """
+    known = dict(sizes or {})
+    for name, (tensor, pattern) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{owner}: expected `{name}` to be a torch.Tensor, got {type(tensor).__name__}.")
+        axes = pattern.split()
+        fits = tensor.ndim == len(axes)
+        found: dict[str, int] = {}
+        if fits:
+            for axis, size in zip(axes, tensor.shape, strict=True):
+                want = int(axis) if axis.isdigit() else known.get(axis, found.get(axis, size))
+                fits = fits and (axis == "_" or size == want)
+                if not axis.isdigit() and axis != "_":
+                    found[axis] = size
+        if not fits:
+            shown = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
+            raise ValueError(
+                f"{owner}: expected `{name}` of shape ({shown}), got {tuple(tensor.shape)}.{_sentence(remedy)}"
+            )
+        known.update(found)
+    return known
+
+
+def floating(owner: str, /, **tensors: Tensor) -> None:
+    """Refuse tensors without a floating dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{owner}: expected `{name}` of a floating dtype, got {tensor.dtype}. Convert it with .float()."
+            )
+
+
+def integer(owner: str, /, **tensors: Tensor) -> None:
+    """Refuse tensors without an integer dtype."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{owner}: expected `{name}` of an integer dtype, got {tensor.dtype}. Use .long().")
+
+
+def boolean(owner: str, /, **tensors: Tensor) -> None:
+    """Refuse tensors that are not bool."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bool:
+            raise TypeError(f"{owner}: expected `{name}` of dtype torch.bool, got {tensor.dtype}. Use `{name} > 0.5`.")
+
+
+def one_of(owner: str, name: str, value: object, choices: tuple[object, ...], /) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}: expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def within(
+    owner: str, /, *, at_least: float = 0.0, at_most: float = float("inf"), remedy: str = "", **values: float
+) -> None:
+    """Refuse numbers outside [at_least, at_most], NaN included."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) or not at_least <= value <= at_most:
+            raise ValueError(
+                f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
+            )
+
+
+def tokens(
+    owner: str, /, *, grid: tuple[int, int] | None = None, sizes: Mapping[str, int] | None = None, **features: Tensor
+) -> tuple[list[Tensor], dict[str, int]]:
+    """Bring feature maps (B, D, h, w), or tokens (B, N, D) with a grid, to tokens, as views.
+
+    Returns:
+        the tensors as (B, N, D), all of one shape, and the sizes of B, D, h and w.
+    """
+    known = dict(sizes or {})
+    out = []
+    for name, tensor in features.items():
+        if isinstance(tensor, Tensor) and tensor.ndim == 3 and grid is not None:
+            height, width = grid
+            remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
+            bound = bind(owner, sizes={**known, "N": height * width}, remedy=remedy, **{name: (tensor, "B N D")})
+            known.update(B=bound["B"], D=bound["D"], h=height, w=width)
+            out.append(tensor)
+        else:
+            remedy = "For tokens (B, N, D) pass grid=(h, w)" if getattr(tensor, "ndim", 0) == 3 else ""
+            known = bind(owner, sizes=known, remedy=remedy, **{name: (tensor, "B D h w")})
+            if grid is not None and (known["h"], known["w"]) != tuple(grid):
+                raise ValueError(
+                    f"{owner}: expected `grid` ({known['h']}, {known['w']}) as in `{name}`, got {tuple(grid)}. "
+                    "Leave `grid` out for maps."
+                )
+            out.append(tensor.flatten(2).transpose(1, 2))
+        floating(owner, **{name: tensor})
+    return out, known
+
+
+def maps(owner: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Bring tokens (B, N, D) with a grid, or feature maps, to feature maps (B, D, h, w), as a view."""
+    (rows,), sizes = tokens(owner, grid=grid, features=features)
+    return (
+        features if features.ndim == 4 else rows.transpose(1, 2).reshape(sizes["B"], sizes["D"], sizes["h"], sizes["w"])
+    )
+
+
+def _sentence(remedy: str) -> str:
+    return f" {remedy.rstrip('.')}." if remedy else ""

@@ -1,0 +1,360 @@
+"""Class activation maps: from patch tokens to normalised maps and label maps."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffr import _check
+
+Maps = TypeVar("Maps", Tensor, tuple[Tensor, ...])
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int] | None = None, prefix: int = 0) -> Tensor:
+    """Lay patch tokens out as a feature map.
+
+    ``partial(tokens_to_map, grid=..., prefix=...)`` is the ``reshape_transform`` of the common Grad-CAM packages.
+
+    Args:
+        tokens: ``(B, P + N, D)``.
+        grid: ``(h, w)`` with ``h * w = N``; left out, N must be a perfect square.
+        prefix: P, the class, distillation and register tokens in front. Never guessed.
+
+    Returns:
+        ``(B, D, h, w)``, a view of `tokens`.
+
+    Raises:
+        ValueError: if the tokens after the prefix do not fill the grid.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import tokens_to_map
+        >>> tokens_to_map(torch.zeros(2, 197, 768), prefix=1).shape
+        torch.Size([2, 768, 14, 14])
+    """
+    owner = "tokens_to_map"
+    sizes = _check.bind(owner, tokens=(tokens, "B T D"))
+    total = sizes["T"]
+    _check.within(owner, prefix=prefix, at_most=total - 1)
+    count = total - prefix
+    if grid is None:
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(f"{owner}: {count} tokens are not a square grid.{_square_hint(total, prefix)}")
+        grid = (side, side)
+    if grid[0] * grid[1] != count:
+        raise ValueError(
+            f"{owner}: expected `grid` with h * w = {count} (tokens {tuple(tokens.shape)}, prefix {prefix}), "
+            f"got {tuple(grid)} = {grid[0] * grid[1]}.{_square_hint(total, prefix, grid[0] * grid[1])}"
+        )
+    return tokens[:, prefix:].transpose(1, 2).reshape(sizes["B"], sizes["D"], *grid)
+
+
+def _square_hint(total: int, prefix: int, wanted: int | None = None) -> str:
+    if wanted is not None:
+        return f" Pass prefix={total - wanted}." if total > wanted else ""
+    side = math.isqrt(total)
+    if 0 < total - side * side <= 8:
+        return f" {side * side} are {side} x {side}: pass prefix={total - side * side}, or pass grid=(h, w)."
+    return " Pass grid=(h, w)."
+
+
+def class_activation_map(features: Tensor, weight: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    r"""Raw class activation map :math:`A_k = W_k \cdot X` of every token.
+
+    Args:
+        features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
+        weight: classifier weight ``(K, D)`` or ``(K, D, 1, 1)``.
+        grid: ``(h, w)``, for tokens.
+
+    Returns:
+        ``(B, K, h, w)``, unbounded, before ReLU.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import class_activation_map
+        >>> class_activation_map(torch.ones(1, 4, 7, 7), torch.ones(3, 4))[0, 0, 0, 0]
+        tensor(4.)
+
+    Reference: the lineage's CAM of a linear classifier (ToCo, CVPR 2023).
+    """
+    owner = "class_activation_map"
+    (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
+    if weight.ndim == 4:
+        weight = weight.flatten(1)
+    _check.bind(owner, sizes=sizes, weight=(weight, "K D"))
+    _check.floating(owner, weight=weight)
+    raw = F.linear(tokens, weight.to(tokens.dtype))  # (B, N, K)
+    return raw.transpose(1, 2).reshape(sizes["B"], -1, sizes["h"], sizes["w"])
+
+
+def normalize_cam(raw: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    """ReLU, then min-max per image and class to [0, 1], then zero for classes that are not in the label.
+
+    Args:
+        raw: ``(B, K, h, w)``.
+        labels: multi-hot ``(B, K)``, any dtype, present means > 0.5; left out, every class counts as present.
+
+    Returns:
+        ``(B, K, h, w)`` in [0, 1]. The peak of a map is exactly 1; a map that is flat after ReLU, to a millionth of
+        its peak, gives zeros.
+
+    Raises:
+        ValueError: if `labels` has another shape than ``(B, K)``.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import normalize_cam
+        >>> normalize_cam(torch.tensor([[[[-1.0, 1.0, 3.0]]]]))
+        tensor([[[[0.0000, 0.3333, 1.0000]]]])
+    """
+    owner = "normalize_cam"
+    sizes = _check.bind(owner, raw=(raw, "B K h w"))
+    _check.floating(owner, raw=raw)
+    cam = raw.relu()
+    low, peak = cam.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
+    span = peak - low
+    # Up-sampling a flat map leaves a few units of rounding, which must not be stretched to a CAM.
+    keep = varied = span > 1e-6 * peak
+    if labels is not None:
+        _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
+        keep = varied & (labels > 0.5)[:, :, None, None]
+    # No epsilon: it would lower the peak of a faint map below 1. Both `where` keep the gradient of a flat map finite.
+    return torch.where(keep, (cam - low) / torch.where(varied, span, 1), 0)
+
+
+def multi_scale_cam(
+    fn: Callable[[Tensor], Maps],
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+    labels: Tensor | None = None,
+    max_present: int | None = None,
+) -> Maps:
+    """The lineage's multi-scale, flipped CAM.
+
+    Per scale: raw maps up-sampled to ``(H, W)``, un-flipped, maximum over the flip pair, ReLU. Summed over scales,
+    then `normalize_cam`. Runs without gradient and leaves train or eval mode as it finds it.
+
+    Args:
+        fn: images ``(b, 3, h, w)`` -> raw maps ``(b, K, ., .)``, or a tuple of such maps. It sees an image and its
+            mirror in one batch.
+        images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
+        scales: factors of the image side, each > 0.
+        flip: also look at the mirrored image.
+        labels: multi-hot ``(B, K)``; left out, every class counts as present.
+        max_present: an upper bound of the classes present in one image, known on the host. Maps of absent
+            classes are then never up-sampled.
+
+    Returns:
+        ``(B, K, H, W)`` in [0, 1], or a tuple of them, in the form that `fn` returns.
+
+    Raises:
+        ValueError: if a shape or a scale does not fit, or `max_present` is given without `labels`.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import multi_scale_cam
+        >>> fn = lambda x: torch.nn.functional.avg_pool2d(x, 8)
+        >>> multi_scale_cam(fn, torch.rand(2, 3, 32, 48)).shape
+        torch.Size([2, 3, 32, 48])
+    """
+    owner = "multi_scale_cam"
+    sizes = _check.bind(owner, images=(images, "B 3 H W"))
+    if not scales:
+        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
+    for scale in scales:
+        _check.within(owner, scales=scale, at_least=1e-3, at_most=100.0)
+    if max_present is not None and labels is None:
+        raise ValueError(f"{owner}: `max_present` needs `labels`. Pass labels of shape (B, K).")
+    height, width, batch = sizes["H"], sizes["W"], sizes["B"]
+    single = False
+    totals: list[Tensor] = []
+    kind = images.device.type
+    # Without autocast's cache: it would keep casts of the weights without a graph, and the training forward that
+    # follows would use them (up to torch 2.5 at least) and train nothing.
+    with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        pixels = to_float(images)
+        ids = None
+        if labels is not None:
+            _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
+            if max_present is not None:
+                ids, _ = present_classes(labels, max_present)
+        for scale in scales:
+            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            scaled = pixels
+            if size != (height, width):
+                scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+            result = fn(torch.cat([scaled, scaled.flip(3)]) if flip else scaled)
+            single = isinstance(result, Tensor)
+            for index, maps in enumerate((result,) if isinstance(result, Tensor) else result):
+                expected = {"B": 2 * batch if flip else batch}
+                if labels is not None:
+                    expected["K"] = labels.shape[1]
+                _check.bind(f"{owner}: result of `fn`", sizes=expected, maps=(maps, "B K h w"))
+                if ids is not None:
+                    maps = take_classes(maps, torch.cat([ids, ids]) if flip else ids)
+                maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
+                if flip:
+                    maps = torch.maximum(maps[:batch], maps[batch:].flip(3))
+                if index == len(totals):
+                    totals.append(maps.relu())
+                else:
+                    totals[index] += maps.relu()
+        cams = tuple(_finish(total, labels, ids) for total in totals)
+    return cams[0] if single else cams  # type: ignore[return-value]
+
+
+def _finish(total: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+    if labels is None or ids is None:
+        return normalize_cam(total, labels=labels)
+    return put_classes(normalize_cam(total, labels=labels.gather(1, ids)), ids, labels.shape[1])
+
+
+def cam_to_label(
+    cam: Tensor,
+    *,
+    background: float | None = None,
+    high: float | None = None,
+    low: float | None = None,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Threshold normalised CAMs to a label map: 0 background, 1..K classes.
+
+    Args:
+        cam: ``(B, K, H, W)`` in [0, 1], zero for absent classes.
+        background: one threshold; at or below it a pixel is background.
+        high: with `low`, a pair: above `high` the class, at or below `low` background, `ignore_index` between.
+        low: see `high`; ``low <= high``.
+        ignore_index: label of the undecided pixels.
+
+    Returns:
+        int64 ``(B, H, W)``. Ties between classes go to the lowest index.
+
+    Raises:
+        ValueError: unless either `background`, or `high` and `low`, are given and lie in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import cam_to_label
+        >>> cam_to_label(torch.tensor([[[[0.2, 0.5, 0.9]]]]), high=0.7, low=0.25)
+        tensor([[[  0, 255,   1]]])
+    """
+    owner = "cam_to_label"
+    _check.bind(owner, cam=(cam, "B K H W"))
+    if background is not None and high is None and low is None:
+        _check.within(owner, background=background, at_most=1.0)
+        high = low = background
+    elif background is None and high is not None and low is not None:
+        _check.within(owner, high=high, at_most=1.0)
+        _check.within(owner, low=low, at_most=high)
+    else:
+        raise ValueError(
+            f"{owner}: expected either `background`, or `high` and `low`, got background={background}, "
+            f"high={high}, low={low}."
+        )
+    score, index = cam.max(1)
+    label = torch.where(score > high, index + 1, ignore_index)
+    return torch.where(score > low, label, 0)
+
+
+def label_to_cam(label: Tensor, *, num_classes: int) -> Tensor:
+    """A label map as a CAM, for hosts that keep label maps only.
+
+    Args:
+        label: integer ``(B, H, W)``: 0 background, 1..K classes; any other value, such as 255, belongs to no class.
+        num_classes: K.
+
+    Returns:
+        float32 ``(B, K, H, W)`` of zeros and ones.
+
+    Raises:
+        ValueError: if `label` has another rank. TypeError: if it is not of an integer dtype.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import label_to_cam
+        >>> label_to_cam(torch.tensor([[[0, 2, 255]]]), num_classes=2)[0, :, 0].tolist()
+        [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    owner = "label_to_cam"
+    _check.bind(owner, label=(label, "B H W"))
+    _check.integer(owner, label=label)
+    _check.within(owner, num_classes=num_classes, at_least=1)
+    classes = torch.arange(1, num_classes + 1, device=label.device)
+    return (label[:, None] == classes[:, None, None]).float()
+
+
+def to_image(maps: Tensor, size: tuple[int, int], patch_size: int) -> Tensor:
+    """Up-sample maps of the token grid to the image, bilinearly (``align_corners=False``).
+
+    A grid that was padded covers ``(h * p, w * p)`` pixels; it is resized to those and cropped at the right and
+    bottom, so that a token stays over its own pixels.
+
+    Args:
+        maps: ``(B, C, h, w)`` with ``h = ceil(H / p)``, ``w = ceil(W / p)``.
+        size: ``(H, W)`` of the image.
+        patch_size: p.
+
+    Returns:
+        ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: if the grid is not that of the image.
+
+    Example:
+        >>> import torch
+        >>> from ffr.cam import to_image
+        >>> to_image(torch.zeros(1, 3, 7, 9), (100, 130), 16).shape
+        torch.Size([1, 3, 100, 130])
+    """
+    height, width = size
+    grid = {"h": math.ceil(height / patch_size), "w": math.ceil(width / patch_size)}
+    remedy = f"Pass the size of the image that gave the maps: {height} x {width} has {grid['h']} x {grid['w']} patches"
+    _check.bind("to_image", sizes=grid, remedy=remedy, maps=(maps, "B C h w"))
+    full = (grid["h"] * patch_size, grid["w"] * patch_size)
+    return F.interpolate(maps, size=full, mode="bilinear", align_corners=False)[..., :height, :width]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images (uint8, or float in [0, 1]) as float in [0, 1]."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def present_classes(labels: Tensor, max_present: int | None = None) -> tuple[Tensor, Tensor]:
+    """Class indices of every image, present ones first, and whether each is present, without a host round trip.
+
+    Args:
+        labels: multi-hot ``(B, K)``.
+        max_present: m, how many to return; an upper bound of the classes present in one image (default K). 0 counts
+            as 1.
+
+    Returns:
+        ids, int64 ``(B, m)``, distinct per image; present, bool ``(B, m)``.
+    """
+    count = labels.shape[1]
+    wanted = count if max_present is None else max_present
+    remedy = f"`labels` has K={count} classes"
+    _check.within("present_classes", max_present=wanted, at_most=count, remedy=remedy)
+    wanted = max(1, wanted)  # a batch of background alone has the bound 0; no class at all would be an empty tensor
+    present, ids = (labels > 0.5).to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    return ids[:, :wanted], present[:, :wanted] > 0
+
+
+def take_classes(maps: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the class axis: ``(B, K, ...)`` and ``(B, m)`` -> ``(B, m, ...)``."""
+    index = ids.reshape(*ids.shape, *[1] * (maps.ndim - 2)).expand(-1, -1, *maps.shape[2:])
+    return maps.gather(1, index)
+
+
+def put_classes(rows: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    """The reverse of `take_classes`: ``(B, m, ...)`` -> ``(B, K, ...)``, zeros elsewhere."""
+    index = ids.reshape(*ids.shape, *[1] * (rows.ndim - 2)).expand_as(rows)
+    return rows.new_zeros(rows.shape[0], num_classes, *rows.shape[2:]).scatter(1, index, rows)

@@ -1,0 +1,196 @@
+"""The method composed: the rectification in one call, and the network of the method figure."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ffr import _check
+from ffr.cam import to_image
+from ffr.classifier import IntermediateClassifier
+from ffr.encoder import Encoder
+from ffr.frequency import FrequencyMask
+from ffr.heads import DualSegmentationHead
+from ffr.prototypes import ClassPrototypes
+from ffr.rectification import RectificationLoss
+
+
+class Rectified(NamedTuple):
+    """Result of `FrequencyRectification`: the loss, both bands, and the selected tokens ``(B, K, h, w)``."""
+
+    loss: Tensor
+    low: Tensor
+    high: Tensor
+    selected: Tensor
+
+
+class FrequencyRectification(nn.Module):
+    """Frequency mask, class prototypes and rectification loss in one call, for a training loop of one's own.
+
+    No parameters and no buffers: the host's ``state_dict`` stays as it is.
+
+    Args:
+        mu: cut-off in cycles per token, see `ffr.frequency.split_bands`.
+        seed_threshold: see `ffr.prototypes.class_prototypes`.
+        gap: see `ffr.rectification.select_tokens`.
+        min_fraction: see `ffr.rectification.rectification_loss`.
+
+    Example:
+        >>> import torch
+        >>> from ffr import FrequencyRectification
+        >>> rectify = FrequencyRectification(mu=0.4)
+        >>> features, cam = torch.randn(2, 64, 14, 14), torch.rand(2, 20, 14, 14)
+        >>> loss, low, high, selected = rectify(features, cam, torch.ones(2, 20))
+        >>> high.shape, selected.shape
+        (torch.Size([2, 64, 14, 14]), torch.Size([2, 20, 14, 14]))
+
+    Reference: FFR (CVPR 2025), method figure, "FFM" and "FSTS".
+    """
+
+    def __init__(
+        self, mu: float = 0.4, seed_threshold: float = 0.7, gap: float = 0.05, min_fraction: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.frequency = FrequencyMask(mu)
+        self.prototypes = ClassPrototypes(seed_threshold)
+        self.rectification = RectificationLoss(gap, min_fraction)
+
+    def forward(
+        self,
+        features: Tensor,
+        cam: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        max_present: int | None = None,
+    ) -> Rectified:
+        """Split, select, and pull.
+
+        Args:
+            features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
+            cam: ``(B, K, ., .)`` of any size, raw or normalised; no gradient flows through it.
+            labels: multi-hot ``(B, K)``.
+            mask: bool ``(B, h, w)``, False leaves a token out.
+            grid: ``(h, w)``, for tokens.
+            max_present: an upper bound of the classes present in one image, known on the host.
+
+        Returns:
+            ``Rectified(loss, low, high, selected)``; the bands have the shape of `features`.
+        """
+        low, high = self.frequency(features, grid=grid)
+        vectors, valid = self.prototypes(features, cam, labels, mask=mask, grid=grid, max_present=max_present)
+        selected = self.rectification.select(
+            features=features, low=low, prototypes=vectors, valid=valid, mask=mask, grid=grid
+        )
+        loss = self.rectification(
+            features=features, low=low, prototypes=vectors, valid=valid, selected=selected, mask=mask, grid=grid
+        )
+        return Rectified(loss, low, high, selected)
+
+
+class Outputs(NamedTuple):
+    """Everything the method figure names, of one forward; CAMs are raw, before ReLU."""
+
+    final: Tensor
+    intermediate: Tensor
+    low: Tensor
+    high: Tensor
+    logits: Tensor
+    logits_inter: Tensor
+    cam: Tensor
+    cam_inter: Tensor
+    seg: Tensor
+    seg_high: Tensor
+    mask: Tensor | None
+
+
+class FFR(nn.Module):
+    """The network of the method: encoder, two classifiers, frequency mask, dual segmentation head.
+
+    Calling it is inference: encoder and one head, neither the frequency mask nor the second head in the graph.
+
+    Args:
+        encoder: anything that keeps to `ffr.encoder.Encoder`, such as `ffr.encoder.timm_encoder`.
+        num_classes: K; background is not counted.
+        mu: cut-off in cycles per token.
+        hidden: channels of the segmentation heads.
+        dilation: of the segmentation heads, in tokens.
+
+    Raises:
+        TypeError: if `encoder` lacks ``embed_dim`` or ``patch_size``.
+
+    Example:
+        >>> import torch
+        >>> from ffr import FFR
+        >>> from ffr.encoder import Features
+        >>> class Tiny(torch.nn.Conv2d):  # any module with two attributes
+        ...     embed_dim, patch_size = 8, 16
+        ...     def forward(self, images):
+        ...         x = super().forward(images)
+        ...         return Features(final=x, intermediate=x)
+        >>> model = FFR(Tiny(3, 8, 16, stride=16), num_classes=20, hidden=16, dilation=1)
+        >>> images = torch.rand(2, 3, 224, 224)
+        >>> model(images).shape, model.outputs(images).cam.shape
+        (torch.Size([2, 21, 14, 14]), torch.Size([2, 20, 14, 14]))
+
+    Reference: FFR (CVPR 2025), method figure.
+    """
+
+    def __init__(
+        self, encoder: Encoder, num_classes: int, *, mu: float = 0.4, hidden: int = 512, dilation: int = 5
+    ) -> None:
+        super().__init__()
+        if not (callable(encoder) and hasattr(encoder, "embed_dim") and hasattr(encoder, "patch_size")):
+            raise TypeError(
+                "FFR: expected `encoder` to be callable, with attributes embed_dim and patch_size, got "
+                f"{type(encoder).__name__}. See ffr.encoder.Encoder, or use ffr.encoder.timm_encoder."
+            )
+        self.encoder = encoder
+        self.num_classes = num_classes
+        self.classifier = IntermediateClassifier(encoder.embed_dim, num_classes)
+        self.intermediate_classifier = IntermediateClassifier(encoder.embed_dim, num_classes)
+        self.frequency = FrequencyMask(mu)
+        self.head = DualSegmentationHead(encoder.embed_dim, num_classes, hidden, dilation)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Segmentation logits ``(B, K + 1, h, w)``; `ffr.cam.to_image` brings them to the image.
+
+        Args:
+            images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1].
+        """
+        _check.bind("FFR", images=(images, "B 3 H W"))
+        logits: Tensor = self.head(self.encoder(images).final)
+        return logits
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """Every tensor of the method figure, for losses and pictures."""
+        _check.bind("FFR.outputs", images=(images, "B 3 H W"))
+        final, intermediate, mask = self.encoder(images)
+        low, high = self.frequency(final)
+        return Outputs(
+            final=final,
+            intermediate=intermediate,
+            low=low,
+            high=high,
+            logits=self.classifier(final, mask=mask),
+            logits_inter=self.intermediate_classifier(intermediate, mask=mask),
+            cam=self.classifier.cam(final),
+            cam_inter=self.intermediate_classifier.cam(intermediate),
+            seg=self.head(final),
+            seg_high=self.head.high(high),
+            mask=mask,
+        )
+
+    def cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw final and intermediate CAM, ``(B, K, h, w)`` each, for `ffr.cam.multi_scale_cam`.
+
+        Where the image is not a whole number of patches they come at the image's size instead, padding cut off.
+        """
+        _check.bind("FFR.cams", images=(images, "B 3 H W"))
+        features = self.encoder(images)
+        height, width = images.shape[2:]
+        patch = self.encoder.patch_size
+        raw = self.classifier.cam(features.final), self.intermediate_classifier.cam(features.intermediate)
+        if height % patch == 0 and width % patch == 0:
+            return raw
+        return to_image(raw[0], (height, width), patch), to_image(raw[1], (height, width), patch)

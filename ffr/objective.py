@@ -1,0 +1,197 @@
+"""The whole training objective, term by term."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffr import _check
+from ffr.cam import cam_to_label, multi_scale_cam, to_image
+from ffr.framework import FFR
+from ffr.losses import AffinityLoss, SegmentationLoss
+from ffr.prototypes import ClassPrototypes
+from ffr.rectification import RectificationLoss
+from ffr.refine import PixelAdaptiveRefinement, refine_label
+
+
+class Terms(NamedTuple):
+    """The weighted sum, with its graph, and every term unweighted and detached; 0 where a term is off."""
+
+    total: Tensor
+    cls: Tensor
+    cls_inter: Tensor
+    seg: Tensor
+    seg_high: Tensor
+    rect: Tensor
+    aff: Tensor
+    energy: Tensor
+
+
+class FFRLoss(nn.Module):
+    r"""The objective of the method; owns the model, so that it is what DDP and ``torch.compile`` wrap.
+
+    .. math:: L = L_\text{cls} + L_\text{cls\_inter} + w_\text{seg} (L_{s1} + \lambda_h L_{s2})
+                  + \lambda_l L_r + w_\text{aff} L_\text{aff}
+
+    A term with weight 0, or before its start, is not computed. The dense energy is not built yet: ``energy`` is 0.
+
+    Before `start` the segmentation head has no gradient: DDP needs ``find_unused_parameters=True``.
+
+    Args:
+        model: the network.
+        start: step from which the segmentation losses and L_r count.
+        affinity_start: step from which the affinity loss counts.
+        high, low: thresholds of the pseudo labels of both heads, see `ffr.refine.refine_label`.
+        affinity_high, affinity_low: thresholds of the affinity label, see `ffr.cam.cam_to_label`.
+        scales, flip: of the CAM that the labels come from, see `ffr.cam.multi_scale_cam`.
+        w_seg, lambda_h, lambda_l, w_aff: weights, each >= 0.
+        prototypes, rectification, segmentation, affinity, refinement: parts of one's own in place of the defaults.
+        all_reduce: sums a detached count over ranks, for an objective that does not depend on their number.
+        world_size: number of ranks that `all_reduce` sums over.
+
+    Raises:
+        ValueError: if a weight or a threshold is out of range.
+
+    Example:
+        >>> import torch
+        >>> from ffr import FFR, FFRLoss
+        >>> from ffr.encoder import Features
+        >>> class Tiny(torch.nn.Conv2d):
+        ...     embed_dim, patch_size = 8, 16
+        ...     def forward(self, images):
+        ...         x = super().forward(images)
+        ...         return Features(final=x, intermediate=x)
+        >>> objective = FFRLoss(FFR(Tiny(3, 8, 16, stride=16), num_classes=5, hidden=16), start=100)
+        >>> terms = objective(torch.rand(2, 3, 64, 64), torch.ones(2, 5), step=0)
+        >>> terms.total.backward()
+        >>> terms.seg  # not before step 100
+        tensor(0.)
+
+    Reference: FFR (CVPR 2025), supplementary; w_seg, w_aff and the schedule from its lineage (ToCo, CVPR 2023).
+    """
+
+    def __init__(
+        self,
+        model: FFR,
+        *,
+        start: int = 2000,
+        affinity_start: int = 0,
+        high: float = 0.7,
+        low: float = 0.25,
+        affinity_high: float = 0.7,
+        affinity_low: float = 0.25,
+        scales: Sequence[float] = (1.0, 0.5, 1.5),
+        flip: bool = True,
+        w_seg: float = 0.1,
+        lambda_h: float = 2.0,
+        lambda_l: float = 1.0,
+        w_aff: float = 0.2,
+        prototypes: nn.Module | None = None,
+        rectification: nn.Module | None = None,
+        segmentation: nn.Module | None = None,
+        affinity: nn.Module | None = None,
+        refinement: nn.Module | None = None,
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        owner = "FFRLoss"
+        _check.within(owner, start=start, affinity_start=affinity_start)
+        _check.within(owner, w_seg=w_seg, lambda_h=lambda_h, lambda_l=lambda_l, w_aff=w_aff)
+        _check.within(owner, high=high, affinity_high=affinity_high, at_most=1.0)
+        _check.within(owner, low=low, at_most=high)
+        _check.within(owner, affinity_low=affinity_low, at_most=affinity_high)
+        self.model = model
+        self.start, self.affinity_start = start, affinity_start
+        self.high, self.low = high, low
+        self.affinity_high, self.affinity_low = affinity_high, affinity_low
+        self.scales, self.flip = tuple(scales), flip
+        self.w_seg, self.lambda_h, self.lambda_l, self.w_aff = w_seg, lambda_h, lambda_l, w_aff
+        self.prototypes = prototypes or ClassPrototypes()
+        self.rectification = rectification or RectificationLoss()
+        self.segmentation = segmentation or SegmentationLoss()
+        self.affinity = affinity or AffinityLoss()
+        self.refinement = refinement or PixelAdaptiveRefinement()
+        self.all_reduce, self.world_size = all_reduce, world_size
+
+    def forward(self, images: Tensor, labels: Tensor, *, step: int, max_present: int | None = None) -> Terms:
+        """Forward of one batch.
+
+        Args:
+            images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1], augmented but not normalised.
+            labels: multi-hot ``(B, K)``, any dtype, present means > 0.5.
+            step: iterations done so far.
+            max_present: an upper bound of the classes present in one image, known on the host, for instance
+                ``int(labels.sum(1).max())`` of labels that are still on the CPU; absent classes then cost little.
+
+        Returns:
+            ``Terms``; scalars, float32 or float64.
+        """
+        model, classes = self.model, self.model.num_classes
+        sizes = _check.bind("FFRLoss", sizes={"K": classes}, images=(images, "B 3 H W"), labels=(labels, "B K"))
+        size = (sizes["H"], sizes["W"])
+        started = step >= self.start
+        heads_on = started and self.w_seg > 0
+        high_on = heads_on and self.lambda_h > 0
+        rect_on = started and self.lambda_l > 0
+        aff_on = step >= self.affinity_start and self.w_aff > 0
+        if heads_on or aff_on:
+            cam, cam_inter = multi_scale_cam(
+                model.cams, images, scales=self.scales, flip=self.flip, labels=labels, max_present=max_present
+            )
+        final, intermediate, mask = model.encoder(images)
+        exact = torch.promote_types(final.dtype, torch.float32)
+        target = (labels > 0.5).to(exact)
+        logits = model.classifier(final, mask=mask)
+        cls = F.multilabel_soft_margin_loss(logits.to(exact), target)
+        logits = model.intermediate_classifier(intermediate, mask=mask)
+        cls_inter = F.multilabel_soft_margin_loss(logits.to(exact), target)
+        seg = seg_high = rect = aff = energy = cls.new_zeros(())
+        reduce = {"all_reduce": self.all_reduce, "world_size": self.world_size}
+
+        if rect_on or high_on:
+            low, high = model.frequency(final)
+        if heads_on:
+            label, label_inter = refine_label(
+                images,
+                (cam, cam_inter if high_on else cam),
+                labels,
+                high=self.high,
+                low=self.low,
+                refinement=self.refinement,
+                max_present=max_present,
+            )
+            seg = self._segment(model.head(final), label, size)
+            if high_on:
+                seg_high = self._segment(model.head.high(high), label_inter, size)
+        if rect_on:
+            vectors, valid = self.prototypes(
+                final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present
+            )
+            rect = self.rectification(features=final, low=low, prototypes=vectors, valid=valid, mask=mask, **reduce).to(
+                exact
+            )
+        if aff_on:
+            grid_label = cam_to_label(self._to_grid(cam_inter, final), high=self.affinity_high, low=self.affinity_low)
+            aff = self.affinity(final, grid_label, mask=mask, **reduce).to(exact)
+
+        segmentation = self.w_seg * (seg + self.lambda_h * seg_high)
+        total = cls + cls_inter + segmentation + self.lambda_l * rect + self.w_aff * aff
+        return Terms(total, *(term.detach() for term in (cls, cls_inter, seg, seg_high, rect, aff, energy)))
+
+    def _segment(self, logits: Tensor, label: Tensor, size: tuple[int, int]) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        full = to_image(logits, size, self.model.encoder.patch_size)
+        loss: Tensor = self.segmentation(full, label, all_reduce=self.all_reduce, world_size=self.world_size)
+        return loss
+
+    def _to_grid(self, cam: Tensor, features: Tensor) -> Tensor:
+        """Shrink a CAM from the image to the token grid; a padded grid sees the border repeated."""
+        patch = self.model.encoder.patch_size
+        height, width = features.shape[2:]
+        extra = (0, width * patch - cam.shape[3], 0, height * patch - cam.shape[2])
+        if any(extra):
+            cam = F.pad(cam, extra, mode="replicate")
+        return F.interpolate(cam, size=(height, width), mode="bilinear", align_corners=False)

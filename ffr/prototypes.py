@@ -1,0 +1,170 @@
+"""Class prototypes from an image's own features, and the similarity of tokens to them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffr import _check
+from ffr.cam import present_classes, put_classes, take_classes
+
+
+class Prototypes(NamedTuple):
+    """One vector per class; where ``valid`` is False the class is absent or has no seed, and the vector is zero."""
+
+    vectors: Tensor
+    valid: Tensor
+
+
+def class_prototypes(
+    features: Tensor,
+    cam: Tensor,
+    labels: Tensor,
+    *,
+    seed_threshold: float = 0.7,
+    mask: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    max_present: int | None = None,
+) -> Prototypes:
+    r"""One vector for every class present in an image, from that image's CAM and features.
+
+    .. math:: p_k = \frac{\sum_{i \in S_k} c_{ki} x_i}{\sum_{i \in S_k} c_{ki}}, \qquad
+              S_k = \{i : c_{ki} \ge t\}
+
+    with the CAM :math:`c_k` after ReLU, shrunk to the grid by area and divided by its peak there, so that raw,
+    normalised and resized CAMs all work. Gradient flows through the tokens, not through the CAM.
+
+    Args:
+        features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
+        cam: ``(B, K, H, W)`` of any size, on the grid or at pixels.
+        labels: multi-hot ``(B, K)``, any dtype, present means > 0.5.
+        seed_threshold: t, in [0, 1]. 0 gives the mean of all tokens weighted by the CAM.
+        mask: bool ``(B, h, w)``, False leaves a token out.
+        grid: ``(h, w)``, for tokens.
+        max_present: an upper bound of the classes present in one image, known on the host; absent classes then
+            cost nothing.
+
+    Returns:
+        ``Prototypes(vectors, valid)``: ``(B, K, D)`` in the dtype of `features`, and bool ``(B, K)``.
+
+    Raises:
+        ValueError: if a shape does not fit or `seed_threshold` lies outside [0, 1]. TypeError: for a wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from ffr.prototypes import class_prototypes
+        >>> features = torch.tensor([[[[1.0, 2.0, 4.0]]]])  # three tokens of one channel
+        >>> cam = torch.tensor([[[[0.0, 5.0, 5.0]]]])
+        >>> class_prototypes(features, cam, torch.ones(1, 1)).vectors
+        tensor([[[3.]]])
+
+    Reference: FFR (CVPR 2025), method figure and supplementary; seed threshold and weighting are our reading.
+    """
+    owner = "class_prototypes"
+    (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
+    sizes = _check.bind(owner, sizes=sizes, cam=(cam, "B K H W"), labels=(labels, "B K"))
+    _check.floating(owner, cam=cam)
+    _check.within(owner, seed_threshold=seed_threshold, at_most=1.0)
+    if mask is not None:
+        _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
+        _check.boolean(owner, mask=mask)
+    h, w = sizes["h"], sizes["w"]
+    with torch.autocast(tokens.device.type, enabled=False):
+        ids, present = present_classes(labels, max_present)
+        seeds = take_classes(cam.detach(), ids).relu()  # (B, m, H, W)
+        if seeds.shape[2:] != (h, w):
+            seeds = F.adaptive_avg_pool2d(seeds, (h, w))
+        seeds = seeds.flatten(2).to(torch.promote_types(seeds.dtype, torch.float32))
+        if mask is not None:
+            seeds = torch.where(mask.flatten(1)[:, None], seeds, 0)
+        peak = seeds.amax(2, keepdim=True)
+        valid = present & (peak[..., 0] > 0)
+        seeds = seeds / torch.where(peak > 0, peak, 1)
+        seeds = torch.where((seeds >= seed_threshold) & valid[..., None], seeds, 0)
+        # Dividing the weights, not the sum of tokens, keeps fp16 from overflowing.
+        weights = seeds / torch.where(valid, seeds.sum(2), 1)[..., None]
+        vectors = torch.bmm(weights.to(tokens.dtype), tokens)  # (B, m, D)
+    return Prototypes(put_classes(vectors, ids, sizes["K"]), put_classes(valid, ids, sizes["K"]))
+
+
+class ClassPrototypes(nn.Module):
+    """`class_prototypes` with its threshold bound; no parameters, no buffers.
+
+    Args:
+        seed_threshold: share of its peak that a CAM must reach for a token to count, in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ffr import ClassPrototypes
+        >>> x, cam, labels = torch.randn(2, 64, 14, 14), torch.rand(2, 20, 448, 448), torch.ones(2, 20)
+        >>> vectors, valid = ClassPrototypes()(x, cam, labels)
+        >>> vectors.shape, valid.shape
+        (torch.Size([2, 20, 64]), torch.Size([2, 20]))
+    """
+
+    def __init__(self, seed_threshold: float = 0.7) -> None:
+        super().__init__()
+        _check.within("ClassPrototypes", seed_threshold=seed_threshold, at_most=1.0)
+        self.seed_threshold = seed_threshold
+
+    def forward(
+        self,
+        features: Tensor,
+        cam: Tensor,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        max_present: int | None = None,
+    ) -> Prototypes:
+        """See `class_prototypes`."""
+        threshold = self.seed_threshold
+        return class_prototypes(
+            features, cam, labels, seed_threshold=threshold, mask=mask, grid=grid, max_present=max_present
+        )
+
+    def extra_repr(self) -> str:
+        """The threshold."""
+        return f"seed_threshold={self.seed_threshold}"
+
+
+def similarity_maps(features: Tensor, vectors: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    """Cosine similarity of every token to every prototype.
+
+    Args:
+        features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
+        vectors: prototypes ``(B, K, D)``.
+        grid: ``(h, w)``, for tokens.
+
+    Returns:
+        ``(B, K, h, w)`` in [-1, 1]; 0 where the token or the prototype is zero.
+
+    Raises:
+        ValueError: if a shape does not fit. TypeError: for a dtype that is not floating.
+
+    Example:
+        >>> import torch
+        >>> from ffr.prototypes import similarity_maps
+        >>> similarity_maps(torch.tensor([[[[3.0]], [[4.0]]]]), torch.tensor([[[1.0, 0.0]]]))
+        tensor([[[[0.6000]]]])
+    """
+    owner = "similarity_maps"
+    (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
+    _check.bind(owner, sizes=sizes, vectors=(vectors, "B K D"))
+    _check.floating(owner, vectors=vectors)
+    with torch.autocast(tokens.device.type, enabled=False):
+        # The K prototypes are normalised, never the N tokens: no second copy of the features. Divided by sqrt(D)
+        # on the way, as a product of a fp16 token with a unit vector may overflow.
+        root = math.sqrt(sizes["D"])
+        unit = (vectors * (inverse_norm(vectors) / root)[..., None]).to(tokens.dtype)
+        cosine = torch.bmm(unit, tokens.transpose(1, 2)) * (inverse_norm(tokens) * root)[:, None]  # (B, K, N)
+        return cosine.to(tokens.dtype).reshape(sizes["B"], -1, sizes["h"], sizes["w"])
+
+
+def inverse_norm(vectors: Tensor) -> Tensor:
+    """``1 / |v|`` over the last axis, 0 for a zero vector, with a finite gradient; at least float32."""
+    # fp16 would overflow in the sum of squares
+    norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.promote_types(vectors.dtype, torch.float32))
+    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1), 0)

@@ -1,0 +1,210 @@
+"""From CAM and image to a pseudo label: pixel-adaptive refinement."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ffr import _check
+from ffr.cam import Maps, present_classes, take_classes, to_float
+
+RING = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+
+
+class PixelAdaptiveRefinement(nn.Module):
+    r"""Spread scores to neighbours of similar colour (PAR); no parameters, no buffers.
+
+    .. math:: w_{ij} = \operatorname*{softmax}_j k^\text{rgb}_{ij} + 0.01 \operatorname*{softmax}_j k^\text{pos}_{ij},
+              \qquad k^\text{rgb}_{ij} = -\operatorname*{mean}_\text{rgb} \Big(\frac{|I_j - I_i|}{0.3\, s_i}\Big)^2
+
+    over the 8 neighbours j at every dilation, edges replicated; :math:`s_i` is the unbiased standard deviation of a
+    channel over those neighbours, :math:`k^\text{pos}` the same on distances. The weights sum to 1.01, so scores
+    grow by that factor each iteration and their order does not care.
+
+    Args:
+        dilations: distances of the neighbours in pixels, each >= 1.
+        iterations: how often scores are spread, >= 0.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from ffr import PixelAdaptiveRefinement
+        >>> refine = PixelAdaptiveRefinement(dilations=(1, 2), iterations=3)
+        >>> refine(torch.rand(2, 3, 32, 48), torch.rand(2, 5, 32, 48)).shape
+        torch.Size([2, 5, 32, 48])
+
+    Reference: the lineage's refinement (ToCo, CVPR 2023), after Araslanov and Roth (CVPR 2020).
+    """
+
+    def __init__(self, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), iterations: int = 10) -> None:
+        super().__init__()
+        owner = "PixelAdaptiveRefinement"
+        if not dilations:
+            raise ValueError(f"{owner}: expected `dilations` with at least one distance, got {dilations!r}.")
+        for dilation in dilations:
+            _check.within(owner, at_least=1, dilations=dilation)
+        _check.within(owner, iterations=iterations)
+        self.dilations, self.iterations = tuple(dilations), iterations
+
+    def forward(self, images: Tensor, scores: Tensor) -> Tensor:
+        """Refine the scores.
+
+        Args:
+            images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
+            scores: ``(B, C, H, W)``, any channels.
+
+        Returns:
+            ``(B, C, H, W)`` in the dtype of `scores`.
+        """
+        owner = "PixelAdaptiveRefinement"
+        _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
+        _check.floating(owner, scores=scores)
+        with torch.autocast(scores.device.type, enabled=False):
+            weights = self.affinity(images)
+            refined: Tensor = scores.to(torch.promote_types(scores.dtype, weights.dtype))
+            for _ in range(self.iterations):
+                refined = self._spread(refined, weights)
+            result: Tensor = refined.to(scores.dtype)
+            return result
+
+    def affinity(self, images: Tensor) -> Tensor:
+        """Weights of the neighbours, ``(B, 8 * len(dilations), H, W)``, at least float32; they sum to 1.01."""
+        _check.bind("PixelAdaptiveRefinement.affinity", images=(images, "B 3 H W"))
+        pixels = to_float(images)
+        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        neighbours = self._shifts(pixels)
+        count = len(neighbours)
+        mean = torch.zeros_like(pixels)
+        for neighbour in neighbours:
+            mean = mean + neighbour
+        mean = mean / count
+        variance = torch.zeros_like(pixels)
+        for neighbour in neighbours:
+            variance = torch.addcmul(variance, neighbour - mean, neighbour - mean)
+        # The floor keeps a flat patch around an odd pixel finite: all its neighbours then weigh the same.
+        scale = 1 / (0.3 * ((variance / (count - 1)).sqrt() + 1e-8))
+        alike = torch.stack([-((n - pixels) * scale).square().mean(1) for n in neighbours], 1)
+        weights: Tensor = alike.softmax(1) + _position_weights(self.dilations, pixels.dtype, pixels.device)
+        return weights
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"dilations={self.dilations}, iterations={self.iterations}"
+
+    def _shifts(self, maps: Tensor) -> list[Tensor]:
+        """Views of the neighbours: padded once, never gathered into (B, C, 48, H, W)."""
+        height, width = maps.shape[2:]
+        reach = max(self.dilations)
+        padded = F.pad(maps, [reach] * 4, mode="replicate")
+        return [
+            padded[:, :, reach + d * dy : reach + d * dy + height, reach + d * dx : reach + d * dx + width]
+            for d in self.dilations
+            for dy, dx in RING
+        ]
+
+    def _spread(self, scores: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(scores)
+        for weight, neighbour in zip(weights.unbind(1), self._shifts(scores), strict=True):
+            total = torch.addcmul(total, weight[:, None], neighbour)
+        return total
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph holds the 48 numbers, not their computation
+def _position_weights(dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _cached_position_weights(dilations, dtype, device)
+
+
+@lru_cache(maxsize=16)
+def _cached_position_weights(dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0.01 softmax(k_pos) of the neighbours, (8 * len(dilations), 1, 1); the same for every pixel and image."""
+    with torch.inference_mode(False):  # a cached inference tensor would break later training
+        distance = torch.tensor([d * math.hypot(dy, dx) for d in dilations for dy, dx in RING], dtype=torch.float64)
+        alike = -((distance / (0.3 * (distance.std() + 1e-8))) ** 2)
+        return (0.01 * alike.softmax(0))[:, None, None].to(device, dtype)
+
+
+def refine_label(
+    images: Tensor,
+    cam: Maps,
+    labels: Tensor,
+    *,
+    high: float = 0.7,
+    low: float = 0.25,
+    refinement: nn.Module | None = None,
+    downscale: int = 2,
+    max_present: int | None = None,
+    ignore_index: int = 255,
+) -> Maps:
+    """Pseudo label of an image from its CAM, by two stacks of scores.
+
+    Background scores `high` in the one and `low` in the other; softmax over background and the present classes,
+    refinement at a reduced size, up-sampling, argmax. A pixel is foreground where the `high` stack says so,
+    background only where both say so, and `ignore_index` elsewhere.
+
+    Args:
+        images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
+        cam: ``(B, K, ., .)`` of any size, in [0, 1]; or a tuple of them, refined together for little more.
+        labels: multi-hot ``(B, K)``. An image without labels is background.
+        high: background score that foreground must beat, in [0, 1].
+        low: background score that background must beat, in [0, `high`].
+        refinement: called as ``refinement(images, scores)``, such as `PixelAdaptiveRefinement`; None refines nothing.
+        downscale: the refinement works at ``H // downscale``.
+        max_present: an upper bound of the classes present in one image, known on the host; absent classes then
+            cost nothing.
+        ignore_index: label of the undecided pixels.
+
+    Returns:
+        int64 ``(B, H, W)`` in {0..K, ignore_index}, without gradient; a tuple for a tuple.
+
+    Raises:
+        ValueError: if a shape does not fit or a threshold is out of range.
+
+    Example:
+        >>> import torch
+        >>> from ffr.refine import PixelAdaptiveRefinement, refine_label
+        >>> image, cam = torch.rand(1, 3, 64, 64), torch.rand(1, 20, 4, 4)
+        >>> refine_label(image, cam, torch.ones(1, 20), refinement=PixelAdaptiveRefinement((1, 2))).shape
+        torch.Size([1, 64, 64])
+
+    Reference: the lineage's pseudo label (ToCo, CVPR 2023).
+    """
+    owner = "refine_label"
+    sizes = _check.bind(owner, images=(images, "B 3 H W"), labels=(labels, "B K"))
+    _check.within(owner, high=high, at_most=1.0)
+    _check.within(owner, low=low, at_most=high)
+    _check.within(owner, downscale=downscale, at_least=1)
+    cams = (cam,) if isinstance(cam, Tensor) else cam
+    height, width = sizes["H"], sizes["W"]
+    small = (max(1, height // downscale), max(1, width // downscale))
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        ids, present = present_classes(labels, max_present)
+        stacks = []
+        for one in cams:
+            _check.bind(owner, sizes={"B": sizes["B"], "K": sizes["K"]}, cam=(one, "B K _ _"))
+            _check.floating(owner, cam=one)
+            scores = take_classes(one, ids).float()
+            scores = F.interpolate(scores, size=small, mode="bilinear", align_corners=False)
+            scores = scores.masked_fill(~present[:, :, None, None], -torch.inf)
+            for threshold in (high, low):
+                stacks.append(torch.cat([torch.full_like(scores[:, :1], threshold), scores], 1).softmax(1))
+        merged = torch.cat(stacks, 1)
+        if refinement is not None:
+            pixels = to_float(images)
+            if small != (height, width):
+                pixels = F.interpolate(pixels, size=small, mode="bilinear", align_corners=False)
+            merged = refinement(pixels, merged)
+        names = F.pad(ids + 1, (1, 0))  # channel -> label
+        decided = []
+        for stack in merged.chunk(len(stacks), 1):
+            full = F.interpolate(stack, size=(height, width), mode="bilinear", align_corners=False)
+            decided.append(names.gather(1, full.argmax(1).flatten(1)).reshape(-1, height, width))
+        results = tuple(
+            torch.where(sure > 0, sure, torch.where(maybe > 0, ignore_index, 0))
+            for sure, maybe in zip(decided[::2], decided[1::2], strict=True)
+        )
+    return results[0] if isinstance(cam, Tensor) else results

@@ -1,0 +1,622 @@
+"""The whole objective: which terms, with which weights, from which step, on which pseudo labels, into which weights."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from reference import no_host_sync
+from test_framework import TinyEncoder
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import ffr
+from ffr.cam import cam_to_label, multi_scale_cam
+from ffr.encoder import Features
+
+LABELS = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
+TERMS = ("cls", "cls_inter", "seg", "seg_high", "rect", "aff", "energy")
+FINAL = {"encoder.stem", "encoder.middle", "encoder.last"}
+PAR = {"dilations": (1, 2, 4), "iterations": 3}  # smaller than the default, for speed
+
+
+def objective(dtype=torch.float64, encoder=TinyEncoder, patch_size=4, **settings):
+    torch.manual_seed(0)
+    model = ffr.FFR(encoder(patch_size=patch_size), 5, mu=0.2, hidden=6, dilation=1).to(dtype)
+    with torch.no_grad():  # large enough that every term has something to say
+        model.classifier.weight.mul_(50)
+        model.intermediate_classifier.weight.mul_(50)
+    settings = {"start": 0, "refinement": ffr.PixelAdaptiveRefinement(**PAR), **settings}
+    return ffr.FFRLoss(model, **settings)
+
+
+def batch(height=32, width=48, size=2, dtype=torch.float64):
+    """Images of smooth blobs, for which a pseudo label has all three kinds of pixels."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.rand(size, 3, 4, 6, dtype=torch.float64, generator=generator)
+    images = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+    return images.to(dtype), LABELS.repeat(-(-size // 2), 1)[:size]
+
+
+def grads(loss, total):
+    """Gradient by module, 0 where there is none."""
+    names, values = zip(*loss.model.named_parameters(), strict=True)
+    found = torch.autograd.grad(total, values, allow_unused=True, retain_graph=True)
+    return {name: torch.zeros_like(v) if g is None else g for name, v, g in zip(names, values, found, strict=True)}
+
+
+def reached(some, other=None):
+    """The modules in whose weights two gradients differ, or one is not 0."""
+    other = {name: torch.zeros_like(grad) for name, grad in some.items()} if other is None else other
+    return {name.rpartition(".")[0] for name, grad in some.items() if not torch.equal(grad, other[name])}
+
+
+# --- what the total is ---
+
+
+def soft_margin(logits, labels):
+    """Multi-label soft margin, from its formula."""
+    return -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)).mean()
+
+
+def by_hand(model, images, labels, high, low, affinity_high, affinity_low, scales):
+    """The terms of the method, one after the other, by the functions a caller would use."""
+    size, y = images.shape[2:], labels.double()
+    final, intermediate = multi_scale_cam(model.cams, images, scales=scales, labels=labels)
+    par = ffr.PixelAdaptiveRefinement(**PAR)
+    label = ffr.refine_label(images, final, labels, high=high, low=low, refinement=par)
+    label_inter = ffr.refine_label(images, intermediate, labels, high=high, low=low, refinement=par)
+    shrunk = F.interpolate(intermediate, size=(8, 12), mode="bilinear", align_corners=False)
+    pairs = cam_to_label(shrunk, high=affinity_high, low=affinity_low)
+    for each in (label, label_inter, pairs):  # no kind of pixel is missing, so that no term is trivial
+        assert (each == 0).any()
+        assert (each == 255).any()
+        assert ((each > 0) & (each < 255)).any()
+    assert not torch.equal(label, label_inter)
+
+    x, _, _ = model.encoder(images)
+    bands = ffr.split_bands(x, 0.2)
+    vectors, valid = ffr.class_prototypes(x, F.conv2d(x, model.classifier.weight[..., None, None]), labels)
+
+    def segmentation(logits, label):
+        full = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return ffr.SegmentationLoss()(full, label)
+
+    return {
+        "cls": soft_margin(x.amax((2, 3)) @ model.classifier.weight.T, y),
+        "cls_inter": soft_margin(model.outputs(images).logits_inter, y),
+        "seg": segmentation(model.head(x), label),
+        "seg_high": segmentation(model.head.high(bands.high), label_inter),
+        "rect": ffr.rectification_loss(features=x, low=bands.low, prototypes=vectors, valid=valid),
+        "aff": ffr.AffinityLoss()(x, pairs),
+        "energy": torch.zeros((), dtype=torch.float64),
+    }
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms_of_the_method():
+    images, labels = batch()
+    labelling = {"high": 0.55, "low": 0.3, "affinity_high": 0.6, "affinity_low": 0.2, "scales": (1, 0.5)}
+    weights = {"w_seg": 0.3, "lambda_h": 1.7, "lambda_l": 0.9, "w_aff": 0.7}
+    loss = objective(**labelling, **weights)
+    terms = loss(images, labels, step=0)
+    wanted = by_hand(loss.model, images, labels, **labelling)
+    for name in TERMS:
+        assert_close(getattr(terms, name), wanted[name].detach(), msg=lambda text, name=name: f"{name}: {text}")
+        assert name == "energy" or getattr(terms, name) > 0
+    total = wanted["cls"] + wanted["cls_inter"] + 0.3 * (wanted["seg"] + 1.7 * wanted["seg_high"])
+    total = total + 0.9 * wanted["rect"] + 0.7 * wanted["aff"]
+    assert_close(terms.total, total)
+    ours, theirs = grads(loss, terms.total), grads(loss, total)
+    for name, grad in theirs.items():
+        assert_close(ours[name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_defaults_are_those_of_the_method():
+    loss = ffr.FFRLoss(ffr.FFR(TinyEncoder(), 5, hidden=6))
+    assert (loss.start, loss.affinity_start) == (2000, 0)
+    assert (loss.w_seg, loss.lambda_h, loss.lambda_l, loss.w_aff) == (0.1, 2, 1, 0.2)
+    assert (loss.high, loss.low, loss.affinity_high, loss.affinity_low) == (0.7, 0.25, 0.7, 0.25)
+    assert loss.scales == (1.0, 0.5, 1.5)
+    assert loss.model.frequency.mu == 0.4
+    assert loss.prototypes.seed_threshold == 0.7
+    assert (loss.rectification.gap, loss.rectification.min_fraction) == (0.05, 0.05)
+    assert (loss.refinement.dilations, loss.refinement.iterations) == ((1, 2, 4, 8, 12, 24), 10)
+
+
+def test_all_but_the_total_are_detached_scalars_without_their_weight():
+    images, labels = batch()
+    terms = objective()(images, labels, step=0)
+    heavy = objective(w_seg=5.0, lambda_h=7.0, lambda_l=9.0, w_aff=11.0)(images, labels, step=0)
+    assert terms._fields == ("total", *TERMS)
+    assert terms.total.requires_grad
+    for name in TERMS:
+        value = getattr(terms, name)
+        assert value.shape == ()
+        assert not value.requires_grad
+        assert torch.equal(value, getattr(heavy, name))
+    assert heavy.total > terms.total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_terms_have_the_dtype_of_the_model(dtype):
+    images, labels = batch()
+    assert {value.dtype for value in objective(dtype)(images.to(dtype), labels, step=0)} == {dtype}
+
+
+# --- which terms are on ---
+
+
+class Refuse(nn.Module):
+    """A part that must not be reached."""
+
+    def forward(self, *_, **__):
+        raise ArithmeticError("reached")
+
+
+def refuse(loss, path):
+    """Put `Refuse` in the place of a part, or of a method."""
+    owner, _, name = path.rpartition(".")
+    target = loss.get_submodule(owner)
+    setattr(target, name, Refuse() if name in dict(target.named_children()) else Refuse().forward)
+
+
+LATE = (
+    "segmentation",
+    "refinement",
+    "rectification",
+    "prototypes",
+    "model.frequency",
+    "model.head.high",
+    "model.head.phi_0",
+)
+
+
+@pytest.mark.parametrize("path", LATE)
+def test_before_its_start_a_term_is_zero_and_not_computed(path):
+    images, labels = batch()
+    loss = objective(start=10)
+    full = loss(images, labels, step=10)
+    refuse(loss, path)
+    for step in (0, 9):
+        terms = loss(images, labels, step=step)
+        assert terms.seg == terms.seg_high == terms.rect == 0
+        assert terms.aff > 0
+        assert_close(terms.total, terms.cls + terms.cls_inter + 0.2 * terms.aff)
+        assert_close(terms.cls, full.cls)
+    with pytest.raises(ArithmeticError):  # the part is the one in use, and counts from the very step
+        loss(images, labels, step=10)
+
+
+@pytest.mark.parametrize("path", ["affinity", "model.cams"])
+def test_the_affinity_loss_and_the_cams_have_a_start_of_their_own(path):
+    images, labels = batch()
+    loss = objective(start=20, affinity_start=10)
+    refuse(loss, path)
+    terms = loss(images, labels, step=9)
+    assert terms.aff == 0
+    assert_close(terms.total, terms.cls + terms.cls_inter)
+    with pytest.raises(ArithmeticError):
+        loss(images, labels, step=10)
+
+
+def test_the_affinity_loss_may_start_after_the_others():
+    images, labels = batch()
+    terms = objective(start=10, affinity_start=20)(images, labels, step=15)
+    assert terms.aff == 0
+    assert min(terms.seg, terms.seg_high, terms.rect) > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "off", "unused"),
+    [
+        (("w_seg",), {"seg", "seg_high"}, ["segmentation", "refinement", "model.head.phi_0", "model.head.phi_2"]),
+        (("lambda_h",), {"seg_high"}, ["model.head.high", "model.head.phi_2"]),
+        (("lambda_l",), {"rect"}, ["prototypes", "rectification"]),
+        (("w_aff",), {"aff"}, ["affinity"]),
+        (("w_seg", "w_aff"), {"seg", "seg_high", "aff"}, ["model.cams"]),
+        (("w_seg", "lambda_l"), {"seg", "seg_high", "rect"}, ["model.frequency"]),
+        (("lambda_h", "lambda_l"), {"seg_high", "rect"}, ["model.frequency"]),
+    ],
+)
+def test_a_term_of_weight_zero_is_zero_and_not_computed(weights, off, unused):
+    images, labels = batch()
+    full = objective()(images, labels, step=0)
+    loss = objective(**dict.fromkeys(weights, 0))
+    for path in unused:
+        refuse(loss, path)
+    terms = loss(images, labels, step=0)
+    for name in TERMS:
+        assert torch.equal(getattr(terms, name), torch.zeros_like(full.cls) if name in off else getattr(full, name))
+    for path in unused:
+        with pytest.raises(ArithmeticError):
+            whole = objective()
+            refuse(whole, path)
+            whole(images, labels, step=0)
+
+
+def test_the_gradient_of_each_term_reaches_its_own_weights_alone():
+    images, labels = batch()
+
+    def gradient(**on):
+        loss = objective(**{"w_seg": 0, "lambda_h": 0, "lambda_l": 0, "w_aff": 0, **on})
+        return grads(loss, loss(images, labels, step=0).total)
+
+    plain = gradient()
+    assert reached(plain) == FINAL | {"classifier", "intermediate_classifier"}
+    assert reached(gradient(w_seg=1), plain) == FINAL | {"head.phi_0", "head.phi_1", "head.last"}
+    assert reached(gradient(lambda_l=1), plain) == FINAL
+    assert reached(gradient(w_aff=1), plain) == FINAL
+    both = reached(gradient(w_seg=1, lambda_h=1), gradient(w_seg=1))
+    assert both == FINAL | {"head.phi_0", "head.phi_2", "head.last"}
+
+
+def test_each_classification_loss_trains_the_classifier_of_its_own_features():
+    images, labels = batch()
+    loss = objective(start=1, affinity_start=1)
+    out = loss.model.outputs(images)
+    ours = grads(loss, loss(images, labels, step=0).total)
+    for weight, logits in (("classifier", out.logits), ("intermediate_classifier", out.logits_inter)):
+        theirs = grads(loss, soft_margin(logits, labels.double()))
+        assert reached(theirs) & {"classifier", "intermediate_classifier"} == {weight}
+        assert_close(ours[f"{weight}.weight"], theirs[f"{weight}.weight"])
+
+
+# --- what it takes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.uint8])
+def test_labels_may_be_of_any_dtype(dtype):
+    images, labels = batch()
+    loss = objective()
+    for ours, wanted in zip(loss(images, labels.to(dtype), step=0), loss(images, labels, step=0), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_a_class_is_present_above_one_half():
+    images, labels = batch()
+    loss = objective()
+    soft = torch.where(labels > 0, 0.51, 0.5)
+    for ours, wanted in zip(loss(images, soft, step=0), loss(images, labels, step=0), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_bytes_and_floats_are_the_same_images():
+    images, labels = batch()
+    images = (images * 255).round().to(torch.uint8)
+    loss = objective(torch.float32)
+    for ours, wanted in zip(loss(images, labels, step=0), loss(images.float() / 255, labels, step=0), strict=True):
+        assert_close(ours, wanted)
+
+
+def test_a_bound_of_the_present_classes_changes_nothing():
+    images, labels = batch()
+    loss = objective()
+    for ours, wanted in zip(loss(images, labels, step=0, max_present=2), loss(images, labels, step=0), strict=True):
+        assert_close(ours, wanted)
+
+
+def finite(loss, terms):
+    gradients = grads(loss, terms.total)
+    return all(value.isfinite().all() for value in (*terms, *gradients.values()))
+
+
+def test_an_image_without_a_label_is_background():
+    images, labels = batch()
+    loss = objective(rectification=ffr.RectificationLoss(gap=0.01))
+    none = loss(images, torch.zeros_like(labels), step=0)
+    assert finite(loss, none)
+    assert none.rect == 0
+    # background throughout: half the cross-entropy of class 0, and half of the pairs, all of them positive
+    logits = F.interpolate(loss.model(images), size=images.shape[2:], mode="bilinear", align_corners=False)
+    assert_close(none.seg, -0.5 * logits.log_softmax(1)[:, 0].mean().detach())
+    unit = F.normalize(loss.model.encoder(images).final.flatten(2), dim=1)
+    alike = (unit.transpose(1, 2) @ unit).abs().sum() - unit.shape[0] * unit.shape[2]
+    pairs = unit.shape[0] * unit.shape[2] * (unit.shape[2] - 1)
+    assert_close(none.aff, (0.5 * (1 - alike / (pairs + 1))).detach())
+    # and beside a labelled image
+    assert finite(loss, loss(images, labels * torch.tensor([[1], [0]]), step=0))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_of_any_size_works(size):
+    images, labels = batch(size=size)
+    loss = objective()
+    assert finite(loss, loss(images, labels, step=0))
+
+
+def test_a_picture_of_one_colour_is_finite():
+    images, labels = batch()
+    loss = objective()
+    assert finite(loss, loss(torch.zeros_like(images), labels, step=0))
+
+
+@pytest.mark.parametrize("size", [(100, 130), (96, 130)])
+def test_images_which_are_no_whole_number_of_patches_work(size):
+    images, labels = batch(*size)
+    loss = objective(patch_size=16)
+    terms = loss(images, labels, step=0)
+    assert finite(loss, terms)
+    assert min(terms.seg, terms.seg_high, terms.aff) > 0
+    # a token stands over its own pixels: the logits of the padded grid, cropped
+    h, w = -(-size[0] // 16), -(-size[1] // 16)
+    full = F.interpolate(loss.model(images), size=(16 * h, 16 * w), mode="bilinear", align_corners=False)
+    cam, _ = multi_scale_cam(loss.model.cams, images, labels=labels)
+    label = ffr.refine_label(images, cam, labels, refinement=loss.refinement)
+    assert_close(terms.seg, ffr.SegmentationLoss()(full[..., : size[0], : size[1]], label).detach())
+
+
+def test_the_affinity_label_of_a_padded_grid_repeats_the_border():
+    images, labels = batch(100, 130)
+    loss = objective(patch_size=16, affinity_high=0.5, affinity_low=0.4)
+    _, cam = multi_scale_cam(loss.model.cams, images, labels=labels)
+    index = [torch.arange(16 * -(-n // 16)).clamp(max=n - 1) for n in (100, 130)]
+    cam = cam[:, :, index[0]][..., index[1]]
+    # halving by 16 bilinearly is the mean of the four pixels in the middle of a patch
+    grid = (cam[..., 7::16, 7::16] + cam[..., 7::16, 8::16] + cam[..., 8::16, 7::16] + cam[..., 8::16, 8::16]) / 4
+    pairs = cam_to_label(grid, high=0.5, low=0.4)
+    assert pairs.shape == (2, 7, 9)
+    terms = loss(images, labels, step=0)
+    assert_close(terms.aff, ffr.AffinityLoss()(loss.model.encoder(images).final, pairs).detach())
+
+
+def test_a_mask_of_the_encoder_leaves_padding_out_of_the_terms_on_tokens():
+    class Masked(TinyEncoder):
+        """The last column of the grid is padding, and louder than everything else."""
+
+        noise = 0.0
+
+        def forward(self, images):
+            final, intermediate, _ = super().forward(images)
+            mask = torch.ones(final.shape[0], *final.shape[2:], dtype=torch.bool)
+            mask[..., -1] = False
+            generator = torch.Generator().manual_seed(5)
+            loud = self.noise * torch.rand(final.shape, generator=generator, dtype=final.dtype)
+            final, intermediate = (torch.where(mask[:, None], x, loud) for x in (final, intermediate))
+            return Features(final, intermediate, mask)
+
+    images, labels = batch()
+    quiet, loud = objective(encoder=Masked, w_seg=0, w_aff=0), objective(encoder=Masked, w_seg=0, w_aff=0)
+    # mu 0.5 keeps the whole spectrum, so that padding does not leak into the low band of its neighbours
+    quiet.model.frequency.mu = loud.model.frequency.mu = 0.5
+    loud.model.encoder.noise = 100.0
+    for name in ("cls", "cls_inter"):
+        assert_close(*(getattr(loss(images, labels, step=0), name) for loss in (quiet, loud)))
+    seen = {}
+    loss = objective(encoder=Masked)
+    for name in ("prototypes", "rectification", "affinity"):
+        getattr(loss, name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.update({name: kwargs["mask"]}), with_kwargs=True
+        )
+    loss(images, labels, step=0)
+    assert set(seen) == {"prototypes", "rectification", "affinity"}
+    assert all(mask.shape == (2, 8, 12) and not mask[..., -1].any() for mask in seen.values())
+
+
+def test_parts_of_ones_own_replace_the_defaults():
+    class Twice(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, *args, **kwargs):
+            return 2 * self.part(*args, **kwargs)
+
+    images, labels = batch()
+    plain = objective(lambda_l=0)(images, labels, step=0)
+    segmentation, affinity = Twice(ffr.SegmentationLoss()), Twice(ffr.AffinityLoss())
+    terms = objective(lambda_l=0, segmentation=segmentation, affinity=affinity)(images, labels, step=0)
+    for name in ("seg", "seg_high", "aff"):
+        assert_close(getattr(terms, name), 2 * getattr(plain, name))
+    everything = ffr.RectificationLoss(gap=None)  # without guidance: every token once
+    terms = objective(rectification=everything, prototypes=ffr.ClassPrototypes(0.1))(images, labels, step=0)
+    x = objective().model.encoder(images).final
+    apart = 1 - F.cosine_similarity(x, ffr.split_bands(x, 0.2).low)
+    assert_close(terms.rect, apart.mean().detach())
+
+
+# --- training ---
+
+
+def test_some_steps_of_training_lower_the_total():
+    images, labels = batch(size=4, dtype=torch.float32)
+    loss = objective(torch.float32)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2)
+    totals = []
+    for step in range(12):
+        total = loss(images, labels, step=step).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(float(total.detach()))
+    assert totals[-1] < 0.8 * totals[0]
+
+
+def test_the_model_keeps_its_mode_and_its_random_numbers_reach_the_cam():
+    """Train mode stays on for the CAM: what drops in training drops there, too."""
+
+    class Dropping(TinyEncoder):
+        modes = ()
+
+        def forward(self, images):
+            self.modes = (*self.modes, (self.training, torch.is_grad_enabled()))
+            return super().forward(images)
+
+    images, labels = batch()
+    for training in (True, False):
+        loss = objective(encoder=Dropping).train(training)
+        loss(images, labels, step=0)
+        # three scales of the CAM without gradient, then one forward with it
+        assert loss.model.encoder.modes == ((training, False),) * 3 + ((training, True),)
+        assert loss.training is loss.model.training is training
+
+
+def test_a_steady_training_step_never_waits_for_the_device():
+    images, labels = batch(dtype=torch.float32)
+    loss = objective(torch.float32)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1e-3)
+    loss(images, labels, step=0, max_present=2)  # fills the caches
+    with no_host_sync():
+        loss(images, labels, step=1, max_present=2).total.backward()
+        optimizer.step()
+        loss(images, labels, step=2).total.backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_steady_training_step_on_a_gpu_never_waits_and_agrees_with_the_cpu():
+    images, labels = batch()
+    loss = objective()
+    wanted = loss(images, labels, step=0)
+    there = copy.deepcopy(loss).cuda()
+    images, labels = images.cuda(), labels.cuda()
+    there(images, labels, step=0).total.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms = there(images, labels, step=1)
+        terms.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(terms, wanted, strict=True):
+        assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_terms_are_close_and_every_weight_still_learns(dtype):
+    """Autocast keeps casts of the weights; those made for the CAM have no graph, and must not serve the training."""
+    images, labels = batch(dtype=torch.float32)
+    loss = objective(torch.float32)
+    wanted = loss(images, labels, step=0)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = loss(images, labels, step=0)
+    assert finite(loss, terms)
+    assert {value.dtype for value in terms} == {torch.float32}
+    for name in TERMS:
+        assert_close(getattr(terms, name), getattr(wanted, name), rtol=0.1, atol=0.03)
+    assert all(grad.abs().sum() > 0 for grad in grads(loss, terms.total).values())
+
+
+@pytest.mark.slow
+def test_compiled_it_has_one_graph_before_and_one_after_the_start():
+    images, labels = batch()
+    loss = objective(start=10)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    counts = []
+    for step in (0, 1, 2, 8, 9, 10, 11, 12, 500):
+        for ours, wanted in zip(compiled(images, labels, step=step), loss(images, labels, step=step), strict=True):
+            assert_close(ours, wanted)
+        counts.append(len(graphs))
+    # the step of the first call is a constant, from the second on it is a number of its own
+    assert counts[2] == counts[4]
+    assert counts[5] == counts[-1] == counts[4] + 1
+
+
+# --- several ranks ---
+
+
+class Ranks:
+    """A sum over threads that stand for ranks: nobody goes on before all have sent."""
+
+    def __init__(self, count):
+        self.barrier, self.sent, self.calls = threading.Barrier(count, timeout=60), [None] * count, 0
+
+    def sum_for(self, rank):
+        def all_reduce(counts):
+            assert not counts.requires_grad
+            self.sent[rank] = counts.clone()
+            self.barrier.wait()
+            total = torch.stack(self.sent).sum(0)
+            self.barrier.wait()  # none may overwrite what another has yet to read
+            self.calls += rank == 0
+            return total
+
+        return all_reduce
+
+
+@pytest.mark.parametrize("labels", [LABELS.repeat(2, 1), torch.cat([LABELS, torch.zeros_like(LABELS)])])
+def test_the_objective_does_not_depend_on_the_number_of_ranks(labels):
+    images, _ = batch(size=4)
+    whole = objective()
+    wanted = whole(images, labels, step=0)
+    wanted_grads = grads(whole, wanted.total)
+    ranks = Ranks(2)
+    results, errors = [None, None], []
+
+    def work(rank):
+        try:
+            loss = objectives[rank]
+            part = slice(2 * rank, 2 * rank + 2)
+            terms = loss(images[part], labels[part], step=0)
+            results[rank] = (terms, grads(loss, terms.total))
+        except BaseException as error:
+            errors.append(error)
+            ranks.barrier.abort()
+
+    objectives = [objective(all_reduce=ranks.sum_for(rank), world_size=2) for rank in range(2)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    assert ranks.calls == 4  # both segmentation losses, the rectification, the affinity
+    (one, one_grads), (two, two_grads) = results
+    for first, second, both in zip(one, two, wanted, strict=True):
+        assert_close((first + second) / 2, both)
+    for name, grad in wanted_grads.items():
+        assert_close((one_grads[name] + two_grads[name]) / 2, grad)
+    # and it is not so by chance: ranks that count for themselves give another objective
+    alone = [objective()(images[part], labels[part], step=0).total for part in (slice(2), slice(2, 4))]
+    assert (torch.stack(alone).mean() - wanted.total).abs() > 1e-4
+
+
+# --- refusals and state ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": -1}, r"`start` in \[0, inf\], got -1"),
+        ({"affinity_start": -1}, r"`affinity_start` in \[0, inf\]"),
+        ({"w_seg": -0.1}, r"`w_seg` in \[0, inf\], got -0\.1"),
+        ({"lambda_h": -1}, r"`lambda_h` in"),
+        ({"lambda_l": -1}, r"`lambda_l` in"),
+        ({"w_aff": float("nan")}, r"`w_aff` in .*got nan"),
+        ({"high": 1.1}, r"`high` in \[0, 1\], got 1\.1"),
+        ({"low": 0.8}, r"`low` in \[0, 0\.7\], got 0\.8"),
+        ({"affinity_high": -0.1}, r"`affinity_high` in \[0, 1\]"),
+        ({"affinity_high": 0.3, "affinity_low": 0.4}, r"`affinity_low` in \[0, 0\.3\], got 0\.4"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"FFRLoss: expected {message}"):
+        objective(**settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ((2, 3, 32, 48), (2, 6), r"`labels` of shape \(B=2, K=5\), got \(2, 6\)"),
+        ((2, 3, 32, 48), (3, 5), r"`labels` of shape \(B=2, K=5\), got \(3, 5\)"),
+        ((2, 3, 32, 48), (2,), r"`labels` of shape \(B=2, K=5\), got \(2,\)"),
+        ((3, 32, 48), (2, 5), r"`images` of shape \(B, 3, H, W\), got \(3, 32, 48\)"),
+        ((2, 32, 48, 3), (2, 5), r"`images` of shape \(B, 3, H, W\), got \(2, 32, 48, 3\)"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(images, labels, message):
+    with pytest.raises(ValueError, match=f"FFRLoss: expected {message}"):
+        objective()(torch.zeros(images), torch.zeros(labels), step=0)
+
+
+def test_it_adds_nothing_to_the_state_of_its_model():
+    loss = objective()
+    assert set(loss.state_dict()) == {f"model.{key}" for key in loss.model.state_dict()}
+    assert len(list(loss.parameters())) == len(list(loss.model.parameters()))
+    assert not list(loss.buffers())
