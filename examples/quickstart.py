@@ -35,41 +35,42 @@ import ffr
 from ffr import FFR, FFRLoss, PixelAdaptiveRefinement
 
 SCENES = {"train": 5000, "val": 200, "test": 500}
-TRAINING = {"batch_size": 32, "lr": 2e-3, "weight_decay": 0.05, "head_scale": 4.0, "warmup": 0.1}
-# From scratch the CAMs are peaked, so the thresholds of the pseudo labels are lower than the recipe's .7 / .25.
-OBJECTIVE: dict[str, Any] = {"high": 0.3, "low": 0.1, "scales": (1.0,), "flip": False}
-START = 0.6  # share of the steps after which the segmentation, affinity and rectification losses count
+TRAINING = {"batch_size": 16, "lr": 2e-3, "weight_decay": 0.05, "head_scale": 4.0, "warmup": 0.1}
+# From scratch the CAMs are peaked, so the thresholds of the pseudo labels are far below the recipe's .7 / .25; they
+# were chosen on validation scenes, on the classifier before any other loss counts, for both models alike.
+OBJECTIVE: dict[str, Any] = {"high": 0.1, "low": 0.02, "scales": (1.0,), "flip": False}
+START = 0.4  # share of the steps after which the segmentation, affinity and rectification losses count
 DILATIONS = (1, 2, 4, 8)  # of the refinement: the scenes are small
 WITHOUT = {"lambda_h": 0.0, "lambda_l": 0.0}  # the baseline: neither the high-band head nor the rectification
 ROWS = {"all_background": "all background", "untrained": "untrained", "baseline": "baseline", "ffr": "FFR"}
 COLUMNS = {
-    "classification_map": "classification mAP",
-    "cam_miou": "CAM mIoU",
-    "seg_miou": "segmentation mIoU",
-    "boundary_iou": "boundary IoU",
-    "images_per_second": "images / s",
+    "classification_map": "classification\nmAP",
+    "cam_miou": "CAM\nmIoU",
+    "seg_miou": "segmentation\nmIoU",
+    "boundary_iou": "boundary\nIoU",
+    "images_per_second": "images\n/ s",
 }
 
 NOTES = (
     "Both models start from the same random weights and see the same images in the same order, with image-level "
     "labels alone; masks are used for scoring only.",
-    f"{SCENES['train']} train, {SCENES['val']} validation and {SCENES['test']} test scenes, their objects disjoint; scores "
-    "are of the test scenes at their own size, one scale, no flip, no CRF, after the last step.",
+    f"{SCENES['train']} train, {SCENES['val']} validation and {SCENES['test']} test scenes, their objects disjoint; "
+    "scores are of the test scenes at their own size, one scale, no flip, no CRF, after the last step.",
     "Classification mAP: final classifier. CAM mIoU: CAM of the final classifier with the image's labels known, its "
-    "background threshold chosen on the validation scenes. Segmentation mIoU: the head alone, labels unknown. Both count "
-    "background. Boundary IoU: the segmentation, foreground classes, bands of 2 % of the diagonal.",
+    "background threshold chosen on the validation scenes. Segmentation mIoU: the head alone, labels unknown. Both "
+    "count background. Boundary IoU: the segmentation, foreground classes, bands of 2 % of the diagonal.",
     "Images / s: training throughput over the whole run, augmentation included, on this machine.",
     "One small run is no evidence for or against the method: its paper trains a deep, pretrained transformer on a "
     "28 x 28 grid. This shows that it runs and learns.",
 )
-EXAMPLES = 4  # test scenes in the picture: the first ones with several classes
+EXAMPLES = 3  # test scenes in the picture: the first ones with two classes
 
 
 @dataclass(frozen=True)
 class Settings:
     """FFR against the same network without it, on embedded scenes."""
 
-    steps: int = 600
+    steps: int = 1400
     """training steps of each of the two models, at least 2"""
     seed: int = 0
     """decides the first weights, the scenes and the order of the data"""
@@ -80,7 +81,8 @@ class Settings:
     out: Path = Path("runs/quickstart")
     """folder for quickstart.png and quickstart.json"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse values that cannot be used, by the name of their option."""
         if self.steps < 2:
             raise ValueError(f"--steps: expected at least 2, got {self.steps}.")
         if self.seed < 0:
@@ -170,7 +172,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, float | None]]) -> Table:
     """The result, one row a model."""
     result = Table(title="Test scenes, image-level labels alone (percent, higher is better)")
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for head in COLUMNS.values():
         result.add_column(head, justify="right")
     for row, name in ROWS.items():
@@ -183,7 +185,7 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
     """Write picture and figures, each whole or not at all."""
     objective: FFRLoss = result["objective"]
     test: Scenes = result["test"]
-    several = (test.labels.sum(1) > 1).nonzero().flatten()[:EXAMPLES]
+    several = (test.labels.sum(1) == 2).nonzero().flatten()[:EXAMPLES]
     images, masks, labels = (part[several] for part in test)
     model = objective.model.eval()
     shown = steps_of(
@@ -226,6 +228,7 @@ def main() -> int:
     console = Console()
     try:
         settings = tyro.cli(Settings, description=__doc__)
+        settings.check()
         settings.out.mkdir(parents=True, exist_ok=True)
         result = run(settings, console)
         for path in save(settings, result):
@@ -234,7 +237,7 @@ def main() -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("quickstart: interrupted; nothing was written.", file=sys.stderr)
+        print("quickstart: interrupted; no file is half-written.", file=sys.stderr)
         return 130
     return 0
 

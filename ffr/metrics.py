@@ -39,7 +39,7 @@ class _Counts:
 
     def merge(self: Self, other: Self) -> Self:
         """Add the counts of another one with the same settings to this one, and return this one."""
-        if type(self) is not type(other) or self._settings() != other._settings():
+        if self._settings() != other._settings():  # no two kinds have the same
             raise ValueError(f"{type(self).__name__}.merge: expected the same settings, got {other!r} for {self!r}.")
         self.counts = self.counts + other.counts.to(self.counts.device)
         return self

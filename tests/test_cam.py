@@ -70,7 +70,6 @@ def test_a_map_is_a_view_of_its_tokens_contiguous_or_not():
         (188, {}, "188 tokens are not a square grid. Pass grid=(h, w)."),
         (197, {"grid": (14, 14)}, "h * w = 197 (tokens (2, 197, 8), prefix 0), got (14, 14) = 196. Pass prefix=1."),
         (197, {"grid": (14, 14), "prefix": 2}, "(tokens (2, 197, 8), prefix 2), got (14, 14) = 196. Pass prefix=1."),
-        (9, {"grid": (3, 4)}, "expected `grid` with h * w = 9 (tokens (2, 9, 8), prefix 0), got (3, 4) = 12."),
         (9, {"prefix": 9}, "tokens_to_map: expected `prefix` in [0, 8], got 9"),
         (9, {"prefix": -1}, "tokens_to_map: expected `prefix` in [0, 8], got -1"),
     ],
@@ -78,6 +77,11 @@ def test_a_map_is_a_view_of_its_tokens_contiguous_or_not():
 def test_tokens_that_do_not_fill_a_grid_are_refused_with_the_remedy(count, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tokens_to_map(torch.zeros(2, count, 8), **settings)
+
+
+def test_no_prefix_is_named_where_tokens_are_missing():
+    with pytest.raises(ValueError, match=r"got \(3, 4\) = 12\.$"):
+        tokens_to_map(torch.zeros(2, 9, 8), grid=(3, 4))
 
 
 def test_the_prefix_that_the_remedy_names_works():

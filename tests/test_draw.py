@@ -114,6 +114,7 @@ def test_a_cam_of_the_token_grid_is_stretched_over_its_image():
     assert alone.shape == (6, 8, 3)
     np.testing.assert_array_equal(alone[0, 0], draw.heatmap(cam)[0, 0])
     np.testing.assert_array_equal(alone[0, -1], draw.heatmap(cam)[0, -1])
+    np.testing.assert_array_equal(alone[0, 1], alone[0, 0])  # out to half a token, the CAM is that of the token
     np.testing.assert_array_equal(alone[0], alone[5])
     half = draw.heatmap(cam, torch.zeros(3, 6, 8))
     np.testing.assert_allclose(half, alone / 2, atol=0.5)  # over black, by default at half opacity

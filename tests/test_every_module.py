@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -121,12 +120,13 @@ def rectify():
 class Part(nn.Module):
     """A module, one of its methods, or a function, all called alike."""
 
-    def __init__(self, target, method="__call__"):
+    def __init__(self, target, method=None):
         super().__init__()
         self.target, self.method = target, method
 
     def forward(self, **inputs):
-        return getattr(self.target, self.method)(**inputs)
+        call = self.target if self.method is None else getattr(self.target, self.method)
+        return call(**inputs)
 
 
 class Case(NamedTuple):
@@ -139,8 +139,8 @@ class Case(NamedTuple):
     tokens: tuple = ()  # inputs that may be tokens with a grid
     learns: bool = False  # has parameters
     casts: bool = False  # autocast lowers its precision; all others come out of it unchanged
-    method: str = "__call__"
-    settings: dict = {}  # inputs that are no tensors
+    method: str | None = None
+    settings: dict | None = None  # inputs that are no tensors
     copies: float = 0.0  # by how much a batch of copies may differ from one copy
     close: bool = True  # low precision stays near float64: no threshold decides
     wide: bool = False  # at least float32 comes out
@@ -150,7 +150,7 @@ class Case(NamedTuple):
         return Part(self.build(), self.method).to(dtype)
 
     def batch(self, dtype=torch.float64):
-        return {name: to(x, dtype) for name, x in self.inputs().items()} | self.settings
+        return {name: to(x, dtype) for name, x in self.inputs().items()} | (self.settings or {})
 
 
 def to(x, dtype):
@@ -428,7 +428,7 @@ def test_the_gradient_is_that_of_finite_differences(case):
     def value(*tensors):
         given = dict(zip(names, tensors, strict=True))
         inputs = {**batch, **{name: given.pop(name) for name in case.smooth}}
-        return tuple(x for x in leaves(functional_call(part, given, kwargs=inputs)) if x.requires_grad)
+        return tuple(x for x in leaves(functional_call(part, given, (), inputs)) if x.requires_grad)
 
     smooth = [batch[name].detach().requires_grad_() for name in case.smooth]
     assert value(*smooth, *part.parameters())

@@ -116,10 +116,11 @@ def test_a_negative_ignore_index_never_meets_a_byte():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_confident_logits_stay_finite(dtype):
-    logits = (noise(0, 2, 4, 5, 6) * 1e4).to(dtype)
-    value, gradient = value_and_gradient(segmentation_loss, logits, some_label(0, 2, 5, 6))
-    assert value.isfinite() and gradient.isfinite().all() and value.dtype == dtype
+def test_confident_logits_stay_finite_and_are_summed_in_single_precision(dtype):
+    logits, label = (noise(0, 2, 4, 5, 6) * 1e4).to(dtype), some_label(0, 2, 5, 6)
+    value, gradient = value_and_gradient(segmentation_loss, logits, label)
+    assert value.isfinite() and gradient.isfinite().all()
+    assert_close(value, segmentation_loss(logits.float(), label).to(dtype), rtol=0, atol=0)
 
 
 def test_a_right_and_certain_answer_costs_nothing():

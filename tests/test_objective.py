@@ -432,23 +432,22 @@ def test_some_steps_of_training_lower_the_total():
     assert totals[-1] < 0.8 * totals[0]
 
 
-def test_the_model_keeps_its_mode_and_its_random_numbers_reach_the_cam():
-    """Train mode stays on for the CAM: what drops in training drops there, too."""
-
-    class Dropping(TinyEncoder):
-        modes = ()
+@pytest.mark.parametrize(("flip", "times"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_cam_comes_before_the_training_forward_without_gradient_in_the_same_mode(flip, times, training):
+    class Telling(TinyEncoder):
+        calls = ()
 
         def forward(self, images):
-            self.modes = (*self.modes, (self.training, torch.is_grad_enabled()))
+            self.calls = (*self.calls, (self.training, torch.is_grad_enabled(), tuple(images.shape)))
             return super().forward(images)
 
     images, labels = batch()
-    for training in (True, False):
-        loss = objective(encoder=Dropping).train(training)
-        loss(images, labels, step=0)
-        # three scales of the CAM without gradient, then one forward with it
-        assert loss.model.encoder.modes == ((training, False),) * 3 + ((training, True),)
-        assert loss.training is loss.model.training is training
+    loss = objective(encoder=Telling, flip=flip).train(training)
+    loss(images, labels, step=0)
+    sizes = [(2 * times, 3, 32, 48), (2 * times, 3, 16, 24), (2 * times, 3, 48, 72)]
+    assert loss.model.encoder.calls == (*((training, False, size) for size in sizes), (training, True, (2, 3, 32, 48)))
+    assert loss.training is loss.model.training is training
 
 
 def test_a_steady_training_step_never_waits_for_the_device():

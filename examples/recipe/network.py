@@ -45,6 +45,9 @@ def small_ffr(num_classes: int, size: int, *, width: int = 64, depth: int = 4) -
         global_pool="",
         class_token=False,
         dynamic_img_size=True,
+        init_values=0.01,  # blocks that start near the identity keep the CAM local while little is learnt
         embed_layer=ConvStem,
     )
-    return FFR(timm_encoder(transformer), num_classes, hidden=width, dilation=2)
+    model = FFR(timm_encoder(transformer), num_classes, hidden=width, dilation=2)
+    nn.init.zeros_(model.head.last.weight)  # untrained, every pixel is background: no class has a head start
+    return model

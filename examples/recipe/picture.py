@@ -22,7 +22,7 @@ from ffr.refine import refine_label
 COLUMNS = (
     ("image", "and the class\nshown in its row"),
     ("spectrum", "of the features, log scale;\nbox: the low band (mu)"),
-    ("CAM", "of all frequencies:\nwhere the class is seen"),
+    ("CAM", "where the class is seen;\ndark 0, bright 1"),
     ("low-band CAM", "the low band alone,\non the CAM's scale"),
     ("high-band CAM", "the high band alone,\non the CAM's scale"),
     ("selected tokens", "similarity to the class\nchanges without high band"),
@@ -95,7 +95,7 @@ def save_picture(
     axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
     palette = draw.palette()
     seen = {0}
-    for line, (i, k) in zip(axes, rows, strict=True):
+    for number, (line, (i, k)) in enumerate(zip(axes, rows, strict=True)):
         image = images[i]
         pixels = image.permute(1, 2, 0).numpy()
         faint = (pixels * 0.35 + 255 * 0.65).astype(np.uint8)
@@ -108,7 +108,7 @@ def save_picture(
             axis.set_yticks([])
             if panel is not None:
                 axis.imshow(panel, interpolation="nearest")
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(head, fontsize=10, fontweight="bold", pad=26)
                 axis.text(
                     0.5, 1.03, said, transform=axis.transAxes, ha="center", va="bottom", fontsize=6.5, color="#444"

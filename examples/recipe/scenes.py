@@ -228,7 +228,7 @@ def _scene(split: str, index: int, size: int, seed: int, classes: tuple[str, ...
         rows, i = _span(height, top, size)
         columns, j = _span(width, left, size)
         window = np.s_[..., i : i + rows, j : j + columns]
-        light, inside = _resize(np.stack([grey / np.float32(255), grey > 0]), rows, columns)
+        light, inside = _resize(np.stack([grey.astype(np.float32) / 255, grey > 0]), rows, columns)
         # Enlarged, the mask's edge is a ramp: make it one pixel wide, and take the mask's share out of the light.
         opacity = ((inside - 0.5) * max(1.0, rows / SIDE) + 0.5).clip(0, 1)
         colour = rng.colour(0.6, 1) * (0.15 + 0.85 * light / inside.clip(0.01))
@@ -251,7 +251,7 @@ def _layout(rng: _Random, split: str, classes: tuple[str, ...]) -> list[_Placed]
         grey = _objects()[split][NAMES.index(name), rng.below(SPLITS[split])]
         grey = grey[:, ::-1] if rng.below(2) else grey
         height = rng.between(0.45, (0.86, 0.7, 0.6)[len(names) - 1])
-        width = height * rng.between(0.85, 1.15)
+        width = height * rng.between(0.85, 1.15)  # below 1 too
         fits = []
         for top, left in rng.array(6, 2).tolist():
             rows, i = _span(height, top, CANVAS)

@@ -1,0 +1,182 @@
+"""The quickstart and the recipe behind it, with few steps."""
+
+import json
+import math
+import re
+
+import pytest
+import quickstart
+import torch
+from PIL import Image
+from quickstart import Settings, build
+from recipe import engine
+from recipe.scenes import Scenes, make_scenes
+from rich.console import Console
+
+COUNTS = {"train": 32, "val": 16, "test": 16}
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "SCENES", COUNTS)
+    monkeypatch.setattr(quickstart, "TRAINING", {**quickstart.TRAINING, "batch_size": 4})
+    return Settings(steps=4, out=tmp_path / "out")
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["quickstart.py", *map(str, arguments)])
+    return quickstart.main()
+
+
+def test_it_prints_a_table_and_writes_a_picture_and_the_figures(small, monkeypatch, capsys):
+    assert run_main(monkeypatch, "--steps", 4, "--seed", 3, "--out", small.out) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("all background", "untrained", "baseline", "FFR", "no evidence"))
+    assert sorted(path.name for path in small.out.iterdir()) == ["quickstart.json", "quickstart.png"]
+    record = json.loads((small.out / "quickstart.json").read_text())
+    assert list(record["rows"]) == ["all_background", "untrained", "baseline", "ffr"]
+    for name, row in record["rows"].items():
+        keys = {"classification_map", "cam_miou", "seg_miou", "boundary_iou", "images_per_second"}
+        assert keys <= set(row)
+        assert (row["images_per_second"] is None) == (name in ("all_background", "untrained"))
+        assert 0 <= row["seg_miou"] <= 100 and 0 <= row["boundary_iou"] <= 100
+    assert record["seed"] == 3 and record["settings"]["steps"] == 4
+    assert {"torch", "timm", "ffr", "python"} <= set(record["versions"])
+    width, height = Image.open(small.out / "quickstart.png").size
+    assert width > 800 and height > 400
+
+
+def test_all_background_scores_the_share_of_background_among_all_classes():
+    test = make_scenes("test", 8)
+    matrix = quickstart.ffr.metrics.ConfusionMatrix(len(quickstart.CLASSES) + 1)
+    everything = test.masks.clone()
+    everything[0, 0, : len(quickstart.CLASSES)] = torch.arange(1, len(quickstart.CLASSES) + 1)  # every class present
+    matrix.update(torch.zeros_like(everything), everything)
+    row = quickstart.all_background(Scenes(test.images, everything, test.labels))
+    assert row["seg_miou"] == pytest.approx(100 * matrix.miou())
+    assert row["classification_map"] is None and row["boundary_iou"] == 0
+
+
+def test_an_untrained_network_is_no_better_than_calling_everything_background(small):
+    test = make_scenes("test", 16)
+    rows = quickstart.score(build(small).model, test, test, "cpu")
+    assert abs(rows["seg_miou"] - quickstart.all_background(test)["seg_miou"]) < 5
+
+
+def test_both_models_start_from_the_same_weights_and_see_the_same_batches(small):
+    first, second = build(small), build(small, **quickstart.WITHOUT)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    scenes = make_scenes("train", 12)
+    for (a, la), (b, lb) in zip(*(engine.batches(scenes, 4, 3, seed=1) for _ in range(2)), strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb)
+        assert a.min() >= 0 and a.max() <= 1 and a.dtype == torch.float32
+
+
+def test_another_seed_gives_other_batches():
+    scenes = make_scenes("train", 12)
+    (a, _), (b, _) = (next(engine.batches(scenes, 4, 1, seed=seed)) for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_the_baseline_has_neither_high_band_head_nor_rectification(small):
+    images, labels = torch.rand(2, 3, 64, 64), torch.ones(2, 8)
+    terms = build(small, **quickstart.WITHOUT)(images, labels, step=10)
+    assert terms.seg > 0 and terms.aff > 0 and terms.seg_high == 0 and terms.rect == 0
+
+
+def test_training_learns_something(small):
+    scenes = make_scenes("train", 8)
+    objective, seen = build(small), []
+    engine.train(
+        objective, scenes, steps=30, batch_size=8, lr=2e-3, seed=0, device="cpu", log_every=1,
+        report=lambda step, values: seen.append(values["cls"]),
+    )  # fmt: skip
+    assert sum(seen[-5:]) < 0.9 * sum(seen[:5])
+
+
+def test_a_loss_that_is_not_finite_names_its_term_and_step(small, monkeypatch):
+    objective = build(small)
+    with torch.no_grad():
+        objective.model.intermediate_classifier.weight.fill_(math.nan)
+    with pytest.raises(engine.Diverged, match=r"step 0: the loss term `cls_inter` is nan"):
+        engine.train(objective, make_scenes("train", 4), steps=2, batch_size=2, lr=1e-3, seed=0, device="cpu")
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 1e-6), (50, 0.5000005), (100, 0.9**0.9), (999, 0.001**0.9)])
+def test_the_learning_rate_warms_up_and_decays_from_step_zero(step, rate):
+    assert engine.learning_rate(step, 1000, 100, 1.0) == pytest.approx(rate)
+
+
+def test_biases_norms_and_positions_do_not_decay_and_heads_learn_faster(small):
+    model = build(small).model
+    adamw = engine.optimizer(model, 1e-3, weight_decay=0.05, head_scale=4.0)
+    found = {id(p): group for group in adamw.param_groups for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 and "pos_embed" not in name else 0.0), name
+        assert group["scale"] == (1.0 if name.startswith("encoder.") else 4.0), name
+
+
+def test_evaluation_takes_the_threshold_it_is_given_and_keeps_the_mode(small):
+    model, scenes = build(small).model.train(), make_scenes("val", 8)
+    chosen = engine.evaluate(model, scenes, device="cpu")
+    assert engine.evaluate(model, scenes, device="cpu", threshold=chosen["threshold"]) == pytest.approx(chosen)
+    assert engine.evaluate(model, scenes, device="cpu", threshold=1.0)["cam_miou"] <= chosen["cam_miou"]
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 1], r"--steps: expected at least 2, got 1"),
+        (["--seed", -1], r"--seed: expected 0 or more, got -1"),
+        (["--size", 66], r"--size: expected a multiple of 4 in \[64, 448\], got 66"),
+        (["--size", 32], r"--size: .*got 32"),
+        (["--device", "abacus"], r"--device: 'abacus' cannot be used here"),
+    ],
+)
+def test_unusable_options_are_refused_by_name(arguments, message, monkeypatch, capsys, tmp_path):
+    assert run_main(monkeypatch, *arguments, "--out", tmp_path / "new") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_as_output_folder_is_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert run_main(monkeypatch, "--out", tmp_path / "file") == 2
+    assert "--out: expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["train", "save_picture"])
+def test_an_interruption_leaves_no_half_written_file(where, small, monkeypatch, capsys):
+    def interrupted(path, *args, **kwargs):
+        if where == "save_picture":
+            path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, where, interrupted)
+    assert run_main(monkeypatch, "--steps", 4, "--out", small.out) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(small.out.iterdir()) == []
+
+
+def test_an_interruption_keeps_the_figures_of_an_earlier_run(small, monkeypatch):
+    small.out.mkdir(parents=True)
+    (small.out / "quickstart.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), engine.written(small.out / "quickstart.json") as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert (small.out / "quickstart.json").read_text() == "{}"
+    assert len(list(small.out.iterdir())) == 1
+
+
+def test_progress_without_a_terminal_is_a_line_every_tenth(capsys):
+    bar, report = quickstart.progress(Console(force_terminal=False), "FFR", 100)
+    with bar:
+        for step in range(1, 101):
+            report(step, {"total": 1.0, "seg": 0.0})
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 10 and lines[-1] == "FFR: step 100/100, total 1.00"
