@@ -82,7 +82,7 @@ def make_scenes(
             f"make_scenes: expected `classes` to be distinct names out of {', '.join(NAMES)}, got {classes!r}."
         )
     _check.within("make_scenes", count=count, seed=seed, start=start)
-    _check.within("make_scenes", low=64, high=448, size=size)
+    _check.within("make_scenes", at_least=64, at_most=448, size=size)
     images, masks = np.empty((count, 3, size, size), np.uint8), np.empty((count, size, size), np.uint8)
     for i in range(count):
         images[i], masks[i] = _scene(split, start + i, size, seed, tuple(classes))
