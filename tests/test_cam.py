@@ -335,8 +335,10 @@ def test_the_network_sees_each_scale_once_with_the_mirror_in_the_batch():
 
 def test_bytes_are_floats_of_255():
     images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8)
-    assert to_float(images).max() <= 1
-    assert_close(multi_scale_cam(convolution(), images), multi_scale_cam(convolution(), images / 255))
+    assert_close(to_float(images), images / 255, rtol=0, atol=0)
+    assert to_float(images / 255).max() <= 1
+    raw = convolution()
+    assert_close(multi_scale_cam(lambda x: raw(x).exp(), images), multi_scale_cam(lambda x: raw(x).exp(), images / 255))
 
 
 def test_no_gradient_no_change_of_mode_and_nothing_edited():
@@ -362,6 +364,16 @@ def test_no_gradient_no_change_of_mode_and_nothing_edited():
 def test_cams_come_in_the_precision_of_the_maps(dtype):
     cam = multi_scale_cam(lambda x: x[:, :, ::4, ::4].to(dtype), torch.rand(1, 3, 16, 16))
     assert cam.dtype == dtype and cam.isfinite().all() and cam.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_network_keeps_the_autocast_of_its_caller_and_trains_after_it(dtype):
+    net, images = torch.nn.Conv2d(3, 2, 3, padding=1), torch.rand(1, 3, 8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        assert multi_scale_cam(net, images).dtype == dtype
+        net(images).float().square().sum().backward()
+    assert net.weight.grad is not None and net.weight.grad.ne(0).any()
+    assert multi_scale_cam(net, images).dtype == torch.float32
 
 
 def test_an_image_of_one_pixel_has_a_flat_cam():
@@ -508,7 +520,7 @@ def test_maps_of_another_image_are_refused():
 @given(seeds, st.integers(1, 6))
 def test_present_classes_come_first_and_each_class_once(seed, count):
     labels = some_labels(seed, 4, count)
-    ids, present = present_classes(labels)
+    ids, present = present_classes(torch.where(labels, 0.51, 0.5))
     assert present.dtype == torch.bool
     for b in range(4):
         named = labels[b].nonzero().flatten().tolist()

@@ -255,9 +255,14 @@ def test_grey_that_the_decoder_would_stretch_is_refused(tmp_path):
         draw.load_label(png(tmp_path / "a.png", 4, 0, b"\x12\x34"))
 
 
-@pytest.mark.parametrize(("mode", "name"), [("RGB", "a.png"), ("I;16", "a.png"), ("1", "a.png"), ("L", "a.jpg")])
+@pytest.mark.parametrize(
+    ("mode", "name"), [("RGB", "a.png"), ("I;16", "a.png"), ("1", "a.png"), ("P", "a.bmp"), ("L", "a.jpg")]
+)
 def test_pictures_that_are_no_label_maps_are_refused(tmp_path, mode, name):
-    Image.new(mode, (3, 2)).save(tmp_path / name)
+    picture = Image.new(mode, (3, 2))
+    if mode == "P":
+        picture.putpalette(draw.palette().tobytes())
+    picture.save(tmp_path / name)
     with pytest.raises(ValueError, match=rf"load_label: .*of mode {mode} in .*{name}.*Convert its colours"):
         draw.load_label(tmp_path / name)
 

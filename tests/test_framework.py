@@ -245,7 +245,8 @@ def test_a_number_out_of_range_is_refused_by_the_part_that_has_it():
 def example():
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(2, 8, 5, 7, dtype=torch.float64, generator=generator, requires_grad=True)
-    cam = torch.rand(2, 5, 40, 56, dtype=torch.float64, generator=generator)
+    cam = torch.rand(2, 5, 5, 7, dtype=torch.float64, generator=generator)
+    cam = cam.repeat_interleave(8, -2).repeat_interleave(8, -1)  # of the size of an image, with the means of the grid
     mask = torch.rand(2, 5, 7, generator=generator) > 0.2
     return features, cam, mask
 

@@ -189,16 +189,14 @@ def distributions(extra):
 
 def test_the_extras_cover_what_the_examples_and_the_tests_import():
     """Imports inside a function may be optional; those at the head of a file may not."""
-    for folder, installed in {
-        "examples": distributions(None) | distributions("examples"),
-        "tests": distributions(None) | distributions("examples") | distributions("test"),
-    }.items():
-        files = list((ROOT / folder).rglob("*.py"))
-        assert files
-        known = installed | {"ffr", "recipe", "__future__"} | {path.stem for path in files}
-        for path in files:
+    files = {folder: list((ROOT / folder).rglob("*.py")) for folder in ("examples", "tests")}
+    ours = {"ffr", "recipe"} | {path.stem for paths in files.values() for path in paths}
+    installed = distributions(None) | distributions("examples")
+    for folder, known in {"examples": installed, "tests": installed | distributions("test")}.items():
+        assert files[folder]
+        for path in files[folder]:
             heads = {name.partition(".")[0] for name, at_once in imports(path.read_text(encoding="utf-8")) if at_once}
-            assert heads - known - sys.stdlib_module_names == set(), path.name
+            assert heads - known - ours - sys.stdlib_module_names == set(), path.name
 
 
 def test_the_versions_agree():

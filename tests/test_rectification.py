@@ -194,11 +194,13 @@ def test_without_guidance_by_classes_every_token_counts_once(mask, expected, val
 
 
 def test_the_defaults_are_those_of_the_method():
-    parts = figure_1(valid=torch.tensor([[True, False]]))  # changes by 0.2 and by 0.04, one of them above 0.05
-    assert_close(rectification_loss(**parts).item(), 0.2)
+    parts = figure_1(valid=torch.tensor([[True, False]]))
+    parts["low"][0, :, 0, 0] = torch.tensor([0.94, (1 - 0.94**2) ** 0.5])  # changes by 0.06, the second token by 0.04
+    assert select_tokens(**parts).tolist() == [[[[True, False]], [[False, False]]]]
+    assert_close(rectification_loss(**parts).item(), 0.06)
     for name in ("features", "low"):  # 98 more tokens, equal to their low band: the floor is 0.05 x 100
         parts[name] = torch.cat([parts[name], torch.ones(1, 2, 1, 98).double()], 3)
-    assert_close(rectification_loss(**parts).item(), 0.2 / 5)
+    assert_close(rectification_loss(**parts).item(), 0.06 / 5)
     shown = "RectificationLoss(gap=0.05, min_fraction=0.05, distance='cosine', stop_gradient=True)"
     assert repr(RectificationLoss()) == shown
 
@@ -410,6 +412,8 @@ def test_the_module_is_the_function_with_its_settings_bound(scene, gap, share, d
     assert_close(ours, theirs, **EXACT)
     assert ours.requires_grad == (not stop)
     assert torch.equal(loss.select(**parts, mask=mask), select_tokens(**parts, gap=gap, mask=mask))
+    ranks = {"all_reduce": lambda counts: counts + 7, "world_size": 3}
+    assert_close(loss(**parts, mask=mask, **ranks), rectification_loss(**parts, **settings, **ranks), **EXACT)
     nothing = torch.zeros_like(loss.select(**parts))
     assert loss(**parts, selected=nothing).item() == 0
     rows = {**parts, "features": as_tokens(parts["features"]), "low": as_tokens(parts["low"])}

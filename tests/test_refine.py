@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 from torch.testing import assert_close
 
 from ffr.cam import cam_to_label
-from ffr.refine import PixelAdaptiveRefinement, refine_label
+from ffr.refine import PixelAdaptiveRefinement, _position_weights, refine_label
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -172,6 +172,7 @@ def test_a_first_call_in_inference_mode_spoils_no_later_training():
     images = torch.rand(1, 3, 9, 9)
     with torch.inference_mode():
         refine(images, torch.rand(1, 2, 9, 9))
+    assert not _position_weights((3, 7), torch.float32, images.device).is_inference()
     scores = torch.rand(1, 2, 9, 9, requires_grad=True)
     refine(images.requires_grad_(), scores).sum().backward()
     assert_close(scores.grad.sum(), torch.tensor(1.01 * scores.numel()))

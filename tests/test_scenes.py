@@ -52,9 +52,9 @@ def test_none_is_asked_for_and_none_is_given():
 @pytest.mark.parametrize(
     ("split", "size", "expected"),
     [
-        ("train", 64, "TRAIN64"),
-        ("val", 101, "VAL101"),
-        ("test", 224, "TEST224"),
+        ("train", 64, "fb5bc19bd9767e2e"),
+        ("val", 101, "e4e2dca9619fd727"),
+        ("test", 224, "20fb17187944b3d7"),
     ],
 )
 def test_the_bytes_are_the_same_everywhere(split, size, expected):
@@ -68,10 +68,10 @@ def test_a_scene_does_not_depend_on_how_many_are_made(size):
     assert equal(Scenes(*(part[3:] for part in whole)), make_scenes("train", 2, size, seed=1, start=3))
 
 
-def test_another_seed_split_or_number_is_another_scene():
-    shown = [make_scenes(*at[:2], seed=at[2], start=at[3]).images for at in
-             [("train", 1, 0, 0), ("val", 1, 0, 0), ("test", 1, 0, 0), ("train", 1, 1, 0), ("train", 1, 0, 1)]]  # fmt: skip
-    assert len({digest(images) for images in shown}) == 5
+def test_another_seed_split_or_number_composes_other_scenes():
+    asked = [("train", 0, 0), ("val", 0, 0), ("test", 0, 0), ("train", 1, 0), ("train", 0, 30)]
+    chosen = [make_scenes(split, 30, seed=seed, start=start).labels for split, seed, start in asked]
+    assert len({digest(labels) for labels in chosen}) == 5
 
 
 def test_another_size_shows_the_same_layout():
@@ -113,18 +113,21 @@ def test_companions_share_scenes_and_strangers_seldom_do(many):
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_nothing_labelled_is_nearly_hidden(size):
+def test_what_is_labelled_is_in_sight(size):
+    seen = []
     for number in range(150):
         placed = scenes._layout(scenes._Random(0, 0, number), "train", CLASSES)
         mask, label = make_scenes("train", 1, size, start=number)[1:]
         assert {at.name for at in placed} == {CLASSES[k] for k in label[0].nonzero().flatten().tolist()}
         for at in placed:
             whole = (at.grey > 0).mean() * at.height * at.width * size**2
-            assert (mask == 1 + CLASSES.index(at.name)).sum() > 0.5 * whole
+            seen.append(float((mask == 1 + CLASSES.index(at.name)).sum() / whole))
+    assert min(seen) > 0.5  # none is nearly hidden
+    assert np.mean(seen) > 0.9  # and places are chosen
 
 
 def test_brightness_alone_does_not_find_the_objects(many):
-    brightness, inside = many.images.float().mean(1), many.masks > 0
+    brightness, inside = many.images[:200].float().mean(1), many.masks[:200] > 0
 
     def iou(found):
         return ((found & inside).sum() / (found | inside).sum()).item()

@@ -252,7 +252,7 @@ def _layout(rng: _Random, split: str, classes: tuple[str, ...]) -> list[_Placed]
         grey = grey[:, ::-1] if rng.below(2) else grey
         height = rng.between(0.45, (0.86, 0.7, 0.6)[len(names) - 1])
         width = height * rng.between(0.85, 1.15)  # below 1 too
-        fits = []
+        fits: list[tuple[int, int, np.ndarray, int, _Placed]] = []
         for top, left in rng.array(6, 2).tolist():
             rows, i = _span(height, top, CANVAS)
             columns, j = _span(width, left, CANVAS)
