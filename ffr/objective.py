@@ -154,18 +154,18 @@ class FFRLoss(nn.Module):
         if rect_on or high_on:
             low, high = model.frequency(final)
         if heads_on:
-            label, label_inter = refine_label(
+            pseudo = refine_label(
                 images,
-                (cam, cam_inter if high_on else cam),
+                (cam, cam_inter) if high_on else (cam,),
                 labels,
                 high=self.high,
                 low=self.low,
                 refinement=self.refinement,
                 max_present=max_present,
             )
-            seg = self._segment(model.head(final), label, size)
+            seg = self._segment(model.head(final), pseudo[0], size)
             if high_on:
-                seg_high = self._segment(model.head.high(high), label_inter, size)
+                seg_high = self._segment(model.head.high(high), pseudo[1], size)
         if rect_on:
             vectors, valid = self.prototypes(
                 final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present

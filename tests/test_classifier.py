@@ -104,7 +104,7 @@ def test_the_weight_of_a_linear_layer_and_of_a_convolution_load(shape, prefix):
     assert state[prefix + "weight"] is weight and weight.shape == shape  # the caller's dict stays as it is
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 3, 3), (3, 5, 1, 1), (4, 4), (3, 4, 1)])
+@pytest.mark.parametrize("shape", [(3, 4, 3, 3), (3, 2, 2, 1), (3, 5, 1, 1), (4, 4), (3, 4, 1)])
 def test_a_weight_of_another_shape_does_not_load(shape):
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         IntermediateClassifier(4, 3).load_state_dict({"weight": torch.zeros(shape)})

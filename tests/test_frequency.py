@@ -239,12 +239,12 @@ def test_that_test_can_fail(transform):
 
 
 def test_a_matrix_is_built_once_for_a_size_and_a_number_of_cycles(cold):
-    for mu in (0.4, 0.42):  # 11.2 and 11.8 of 28 cycles
-        split_bands(torch.zeros(1, 1, 28, 28), mu)
-    split_bands(torch.zeros(1, 784, 1), 0.4, grid=(28, 28))
-    assert _cached_projection.cache_info().misses == 1
-    split_bands(torch.zeros(1, 1, 28, 28).double(), 0.4)
+    for mu in (0.41, 0.42):  # 11.5 and 11.8 of 28 cycles, 11.1 and 11.3 of 27
+        split_bands(torch.zeros(1, 1, 28, 27), mu)
+        split_bands(torch.zeros(1, 756, 1), mu, grid=(28, 27))
     assert _cached_projection.cache_info().misses == 2
+    split_bands(torch.zeros(1, 1, 28, 28).double(), 0.41)
+    assert _cached_projection.cache_info().misses == 3
 
 
 def test_a_matrix_first_needed_in_inference_mode_serves_training_too(cold):

@@ -113,6 +113,7 @@ def test_a_label_has_any_integer_dtype(dtype):
 def test_a_negative_ignore_index_never_meets_a_byte():
     logits, label = torch.zeros(1, 157, 2, 2), torch.full((1, 2, 2), 156, dtype=torch.uint8)  # 156 is -100 in a byte
     assert_close(segmentation_loss(logits, label, ignore_index=-100), 0.5 * torch.tensor(157.0).log())
+    assert_close(affinity_loss(torch.eye(4)[None], label, ignore_index=-100, grid=(2, 2)), torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -121,6 +122,14 @@ def test_confident_logits_stay_finite_and_are_summed_in_single_precision(dtype):
     value, gradient = value_and_gradient(segmentation_loss, logits, label)
     assert value.isfinite() and gradient.isfinite().all()
     assert_close(value, segmentation_loss(logits.float(), label).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_more_pixels_than_half_precision_can_count_are_counted(dtype):
+    label = torch.zeros(2, 160, 210, dtype=torch.long)  # 67,200 of them
+    assert_close(
+        segmentation_loss(torch.zeros(2, 2, 1, 1, dtype=dtype), label), (0.5 * torch.tensor(2.0).log()).to(dtype)
+    )
 
 
 def test_a_right_and_certain_answer_costs_nothing():
@@ -207,9 +216,9 @@ def test_tokens_of_zero_are_alike_to_none_and_get_no_gradient():
     assert is_exactly_zero(affinity_loss, torch.zeros(1, 3, 2, 3), torch.full((1, 2, 3), 255))
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 2e3), (torch.bfloat16, 1e18), (torch.float32, 1e18)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 2e4), (torch.bfloat16, 1e18), (torch.float32, 1e18)])
 def test_long_tokens_do_not_overflow(dtype, size):
-    x, label = noise(0, 2, 64, 3, 4), some_label(0, 2, 3, 4, ignored=0)
+    x, label = (noise(0, 2, 64, 3, 4) + 1).clamp(-3, 3), torch.zeros(2, 3, 4, dtype=torch.long)
     value, gradient = value_and_gradient(affinity_loss, (x * size).to(dtype), label)
     assert value.dtype == dtype and gradient.isfinite().all()
     assert_close(value.double(), affinity_loss(x, label), rtol=0, atol=3e-2 if dtype != torch.float32 else 1e-6)

@@ -124,10 +124,10 @@ def test_labels_of_any_dtype_mean_present_above_one_half(scene):
 
 def test_several_classes_of_one_image_and_of_one_patch_by_hand():
     features = torch.tensor([[[[1.0, 2.0, 4.0, 8.0]]]])
-    cam = torch.tensor([[[[10.0, 8.0, 6.0, 0.0]], [[0.0, 4.0, 0.0, 4.0]], [[1.0, 1.0, 1.0, 1.0]], [[-1.0] * 4]]])
+    cam = torch.tensor([[[[10.0, 7.2, 6.8, 0.0]], [[0.0, 4.0, 0.0, 4.0]], [[1.0, 1.0, 1.0, 1.0]], [[-1.0] * 4]]])
     vectors, valid = class_prototypes(features, cam, torch.tensor([[1, 1, 0, 1]]))
-    # (1 x 1 + 0.8 x 2) / 1.8; the third share, 0.6, is below the threshold. The second patch counts for both classes.
-    assert_close(vectors, torch.tensor([[[2.6 / 1.8], [5.0], [0.0], [0.0]]]))
+    # (1 x 1 + 0.72 x 2) / 1.72; the third share is below the threshold. The second patch counts for both classes.
+    assert_close(vectors, torch.tensor([[[2.44 / 1.72], [5.0], [0.0], [0.0]]]))
     assert valid.tolist() == [[True, True, False, False]]  # absent; and present without a seed
 
 
@@ -202,6 +202,9 @@ def test_the_module_is_the_function_with_its_threshold_bound():
     mask = chance(3, 2, 4, 5)
     ours = prototypes(as_tokens(features), cam, labels, mask=mask, grid=(4, 5), max_present=6)
     assert_close(ours, class_prototypes(features, cam, labels, seed_threshold=0.2, mask=mask))
+    short = class_prototypes(features, cam, labels, seed_threshold=0.2, max_present=1)  # a bound that is too low
+    assert_close(prototypes(features, cam, labels, max_present=1), short, **EXACT)
+    assert not torch.equal(short.valid, expected.valid)
     assert ClassPrototypes().seed_threshold == 0.7
     assert repr(prototypes) == "ClassPrototypes(seed_threshold=0.2)"
 

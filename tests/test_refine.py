@@ -179,6 +179,12 @@ def test_a_first_call_in_inference_mode_spoils_no_later_training():
     assert images.grad.isfinite().all()
 
 
+def test_its_settings_are_shown_and_it_learns_nothing():
+    refine = PixelAdaptiveRefinement([1, 2], 3)
+    assert repr(refine) == "PixelAdaptiveRefinement(dilations=(1, 2), iterations=3)"
+    assert not refine.state_dict() and not list(refine.parameters()) and not list(refine.buffers())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -355,6 +361,7 @@ def test_images_smaller_than_the_reduction_keep_their_size(size):
 def test_bytes_are_floats_of_255_and_labels_have_any_dtype():
     images, cam, labels = scene(0)
     images = (images * 255).to(torch.uint8)
+    assert refine_label(images, cam, labels, refinement=lambda x, s: s * (x.max() <= 1), low=0.7).ne(0).any()
     want = refine_label(images / 255, cam, labels, high=0.6, refinement=par)
     for dtype in (torch.bool, torch.int64, torch.uint8, torch.bfloat16):
         assert_close(refine_label(images, cam, labels.to(dtype), high=0.6, refinement=par), want)
@@ -368,10 +375,18 @@ def test_another_ignore_index_takes_the_place_of_255():
     assert_close(refine_label(images, cam, labels, ignore_index=-1), torch.where(want == 255, -1, want))
 
 
-def test_no_gradient_reaches_the_cam_and_nothing_is_edited():
+def test_no_gradient_and_no_autocast_reach_the_scores_and_nothing_is_edited():
     images, cam, labels = scene(0)
     kept = [x.clone() for x in (images, cam, labels)]
-    label = refine_label(images.requires_grad_(), cam.requires_grad_(), labels, refinement=par)
+    seen = []
+
+    def refinement(pixels, scores):
+        seen.append((scores.dtype, scores.requires_grad, torch.is_autocast_enabled("cpu")))
+        return par(pixels, scores)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        label = refine_label(images.requires_grad_(), cam.requires_grad_(), labels, refinement=refinement)
+    assert seen == [(torch.float32, False, False)]
     assert not label.requires_grad and torch.is_grad_enabled()
     for x, before in zip((images, cam, labels), kept, strict=True):
         assert_close(x.detach(), before, rtol=0, atol=0)

@@ -150,7 +150,7 @@ def write_voc(
                     table.writerow([name, *scene.labels[0].int().tolist()])
                 (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         if root.exists():
-            root.rmdir()
+            root.rmdir()  # Windows renames onto nothing that exists
         work.rename(root)
 
 
