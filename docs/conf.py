@@ -24,5 +24,5 @@ autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False
 
 # Names of other libraries: their pages are elsewhere, and the build stays off the network.
-nitpick_ignore = [("py:class", "ffr.cam.Maps")]  # a type variable
+nitpick_ignore = [("py:class", "ffr.cam.Maps"), ("py:class", "ffr.metrics.Self")]  # type variables
 nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|types|typing)\..*")]
