@@ -403,16 +403,22 @@ def test_parts_of_ones_own_replace_the_defaults():
             return 2 * self.part(*args, **kwargs)
 
     images, labels = batch()
-    plain = objective(lambda_l=0)(images, labels, step=0)
+    plain, plain_rect = objective(lambda_l=0)(images, labels, step=0), objective()(images, labels, step=0).rect
     segmentation, affinity = Twice(ffr.SegmentationLoss()), Twice(ffr.AffinityLoss())
     terms = objective(lambda_l=0, segmentation=segmentation, affinity=affinity)(images, labels, step=0)
     for name in ("seg", "seg_high", "aff"):
         assert_close(getattr(terms, name), 2 * getattr(plain, name))
-    everything = ffr.RectificationLoss(gap=None)  # without guidance: every token once
-    terms = objective(rectification=everything, prototypes=ffr.ClassPrototypes(0.1))(images, labels, step=0)
     x = objective().model.encoder(images).final
-    apart = 1 - F.cosine_similarity(x, ffr.split_bands(x, 0.2).low)
-    assert_close(terms.rect, apart.mean().detach())
+    bands = ffr.split_bands(x, 0.2)
+    everything = ffr.RectificationLoss(gap=None)  # without guidance: every token once
+    terms = objective(rectification=everything)(images, labels, step=0)
+    assert_close(terms.rect, (1 - F.cosine_similarity(x, bands.low)).mean().detach())
+    broad = ffr.ClassPrototypes(seed_threshold=0)
+    terms = objective(prototypes=broad)(images, labels, step=0)
+    vectors, valid = broad(x, objective().model.outputs(images).cam, labels)
+    wanted = ffr.rectification_loss(features=x, low=bands.low, prototypes=vectors, valid=valid)
+    assert_close(terms.rect, wanted.detach())
+    assert not torch.isclose(terms.rect, plain_rect)
 
 
 # --- training ---
