@@ -114,34 +114,46 @@ class PermutohedralLattice:
         for k in range(d):
             base += (floor[k] - low[k] + 2) * (digit[k] * corners)
             order += rank[k].long() * corners**k
-        # Thousands of points share a simplex: name those once, then their corners.
-        member, first = _distinct(base * (corners**d | 1) + order, count)[:2]
+        # Many points share a simplex: name those once, then their corners.
+        points, simplex, _, begin, size = _distinct(base * (corners**d | 1) + order, count)
+        member = torch.empty_like(points).scatter_(0, points, simplex)
+        first = points[begin.clamp(max=points.shape[0] - 1)]
         base, rank = base[first], rank[:, first]
         keys = torch.stack([base + r * digit.sum() for r in range(corners)], 1)
         for r in range(1, corners):
             for k in range(d):
                 keys[:, r] -= (rank[k] > d - r) * (digit[k] * corners)
-        corner, _, names = _distinct(keys.flatten(), count)
-        self.index = corner.reshape(keys.shape).int()[member]
+        pairs, receiver, names, _, _ = _distinct(keys.flatten(), count)
+        corner = torch.empty_like(pairs).scatter_(0, pairs, receiver).int()
+        self.index = corner.reshape(keys.shape)[member]
 
         total = names.shape[0]
-        own = torch.arange(total, dtype=torch.int32, device=device)
+        own = torch.arange(total, device=device)
+        half = torch.full_like(own, 0.5, dtype=columns.dtype)
         self._axes = []
         for j in range(corners):
             step = digit[j] * corners - digit.sum() if j < d else -digit.sum()
-            index, weight = [own], [torch.ones_like(own, dtype=columns.dtype)]
-            for wanted in (names + step, names - step):
-                found = torch.searchsorted(names, wanted).clamp_(max=total - 1)
-                there = names[found] == wanted
-                index.append(torch.where(there, found, 0).int())
-                weight.append(there.to(columns.dtype) * 0.5)
-            self._axes.append((torch.stack(index, 1), torch.stack(weight, 1)))
+            wanted = names + step
+            ahead = torch.searchsorted(names, wanted).clamp_(max=total - 1)
+            there = names[ahead] == wanted
+            # Who is ahead of whom also tells who is behind; number `total` takes the answers of those without.
+            behind = own.new_full((total + 1,), -1).scatter_(0, torch.where(there, ahead, total), own)[:total]
+            index = torch.stack([own, torch.where(there, ahead, 0), behind.clamp(min=0)], 1).int()
+            self._axes.append((index, torch.stack([half * 2, half * there, half * (behind >= 0)], 1)))
 
-        # Transposed: the points that spread to a lattice point, one after the other.
-        receiver, order = self.index.flatten().sort(stable=True)
-        self._offsets = torch.searchsorted(receiver, own, out_int32=True)
-        self._spread_weight = self.weight.flatten()[order]
-        self._spread_index = order.int().div_(corners, rounding_mode="trunc")
+        # Transposed: the points that spread to a lattice point, one after the other. They stand in `points` simplex
+        # by simplex, so every (simplex, corner), in the order of its corner, is a run of them.
+        owner, place = pairs.div(corners, rounding_mode="trunc"), pairs % corners
+        length = size[owner]
+        start = length.cumsum(0) - length
+        room = self.index.numel()
+        run = torch.zeros(room + 1, dtype=torch.int64, device=device).scatter_add_(0, start, torch.ones_like(start))
+        run = run[:room].cumsum_(0).sub_(1)
+        point = points[torch.arange(room, device=device).add_((begin[owner] - start)[run])]
+        self._spread_index = point.int()
+        self._spread_weight = self.weight.flatten()[point.mul_(corners).add_(place[run])]
+        received = torch.zeros_like(own).scatter_add_(0, receiver, length)
+        self._offsets = (received.cumsum(0) - received).int()
         self.weight = self.weight / (1 + 2.0**-d)
 
 
@@ -184,18 +196,22 @@ def _simplices(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(nearest[:d]).long(), torch.stack(rank[:d]), weight
 
 
-def _distinct(names: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Number the distinct names: number of each name, a place where each number occurs, the names in order.
+def _distinct(names: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort names and number the distinct ones.
 
-    Like ``torch.unique``, but with `count` off it has room for all: unused numbers come last, with the largest name.
+    With `count` off, which spares the host a number, there is room for all: unused numbers come last, with the largest
+    name and the size 0.
+
+    Returns:
+        the places in sorted order and the number at each; by number, the name, where it begins in that order, how often
+        it occurs.
     """
-    ordered, order = names.sort()
-    number = torch.cat([names.new_zeros(1), (ordered[1:] != ordered[:-1]).long().cumsum_(0)])
+    ordered, order = names.sort(stable=True)
+    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
     room = int(number[-1]) + 1 if count else names.shape[0]
-    member = torch.empty_like(order).scatter_(0, order, number)
-    first = order.new_zeros(room).scatter_(0, number, order)
     distinct = names.new_full((room,), torch.iinfo(torch.int64).max).scatter_(0, number, ordered)
-    return member, first, distinct
+    size = torch.zeros_like(distinct).scatter_add_(0, number, torch.ones_like(number))
+    return order, number, distinct, size.cumsum(0) - size, size
 
 
 def weighted_rows(index: Tensor, values: Tensor, weight: Tensor) -> Tensor:
