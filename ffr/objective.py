@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ffr import _check
 from ffr.cam import cam_to_label, multi_scale_cam, to_image
 from ffr.framework import FFR
-from ffr.losses import AffinityLoss, SegmentationLoss
+from ffr.losses import AffinityLoss, DenseEnergyLoss, SegmentationLoss
 from ffr.prototypes import ClassPrototypes
 from ffr.rectification import RectificationLoss
 from ffr.refine import PixelAdaptiveRefinement, refine_label
@@ -33,21 +33,21 @@ class FFRLoss(nn.Module):
     r"""The objective of the method; owns the model, so that it is what DDP and ``torch.compile`` wrap.
 
     .. math:: L = L_\text{cls} + L_\text{cls\_inter} + w_\text{seg} (L_{s1} + \lambda_h L_{s2})
-                  + \lambda_l L_r + w_\text{aff} L_\text{aff}
+                  + \lambda_l L_r + w_\text{aff} L_\text{aff} + w_\text{reg} L_\text{reg}
 
-    A term with weight 0, or before its start, is not computed. The dense energy is not built yet: ``energy`` is 0.
+    A term with weight 0, or before its start, is not computed.
 
     Before `start` the segmentation head has no gradient: DDP needs ``find_unused_parameters=True``.
 
     Args:
         model: the network.
-        start: step from which the segmentation losses and L_r count.
+        start: step from which the segmentation losses, L_r and the dense energy count.
         affinity_start: step from which the affinity loss counts.
         high, low: thresholds of the pseudo labels of both heads, see `ffr.refine.refine_label`.
         affinity_high, affinity_low: thresholds of the affinity label, see `ffr.cam.cam_to_label`.
         scales, flip: of the CAM that the labels come from, see `ffr.cam.multi_scale_cam`.
-        w_seg, lambda_h, lambda_l, w_aff: weights, each >= 0.
-        prototypes, rectification, segmentation, affinity, refinement: parts of one's own in place of the defaults.
+        w_seg, lambda_h, lambda_l, w_aff, w_reg: weights, each >= 0.
+        prototypes, rectification, segmentation, affinity, energy, refinement: parts of one's own, not the defaults.
         all_reduce: sums a detached count over ranks, for an objective that does not depend on their number.
         world_size: number of ranks that `all_reduce` sums over.
 
@@ -69,7 +69,7 @@ class FFRLoss(nn.Module):
         >>> terms.seg  # not before step 100
         tensor(0.)
 
-    Reference: FFR (CVPR 2025), supplementary; w_seg, w_aff and the schedule from its lineage (ToCo, CVPR 2023).
+    Reference: FFR (CVPR 2025), supplementary; w_seg, w_aff, w_reg and the schedule from its lineage (ToCo, CVPR 2023).
     """
 
     def __init__(
@@ -88,10 +88,12 @@ class FFRLoss(nn.Module):
         lambda_h: float = 2.0,
         lambda_l: float = 1.0,
         w_aff: float = 0.2,
+        w_reg: float = 0.05,
         prototypes: nn.Module | None = None,
         rectification: nn.Module | None = None,
         segmentation: nn.Module | None = None,
         affinity: nn.Module | None = None,
+        energy: nn.Module | None = None,
         refinement: nn.Module | None = None,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         world_size: int = 1,
@@ -99,7 +101,7 @@ class FFRLoss(nn.Module):
         super().__init__()
         owner = "FFRLoss"
         _check.within(owner, start=start, affinity_start=affinity_start)
-        _check.within(owner, w_seg=w_seg, lambda_h=lambda_h, lambda_l=lambda_l, w_aff=w_aff)
+        _check.within(owner, w_seg=w_seg, lambda_h=lambda_h, lambda_l=lambda_l, w_aff=w_aff, w_reg=w_reg)
         _check.within(owner, high=high, affinity_high=affinity_high, at_most=1.0)
         _check.within(owner, low=low, at_most=high)
         _check.within(owner, affinity_low=affinity_low, at_most=affinity_high)
@@ -108,11 +110,12 @@ class FFRLoss(nn.Module):
         self.high, self.low = high, low
         self.affinity_high, self.affinity_low = affinity_high, affinity_low
         self.scales, self.flip = tuple(scales), flip
-        self.w_seg, self.lambda_h, self.lambda_l, self.w_aff = w_seg, lambda_h, lambda_l, w_aff
+        self.w_seg, self.lambda_h, self.lambda_l, self.w_aff, self.w_reg = w_seg, lambda_h, lambda_l, w_aff, w_reg
         self.prototypes = prototypes or ClassPrototypes()
         self.rectification = rectification or RectificationLoss()
         self.segmentation = segmentation or SegmentationLoss()
         self.affinity = affinity or AffinityLoss()
+        self.energy = energy or DenseEnergyLoss()
         self.refinement = refinement or PixelAdaptiveRefinement()
         self.all_reduce, self.world_size = all_reduce, world_size
 
@@ -133,8 +136,10 @@ class FFRLoss(nn.Module):
         sizes = _check.bind("FFRLoss", sizes={"K": classes}, images=(images, "B 3 H W"), labels=(labels, "B K"))
         size = (sizes["H"], sizes["W"])
         started = step >= self.start
-        heads_on = started and self.w_seg > 0
-        high_on = heads_on and self.lambda_h > 0
+        seg_on = started and self.w_seg > 0
+        high_on = seg_on and self.lambda_h > 0
+        energy_on = started and self.w_reg > 0
+        heads_on = seg_on or energy_on
         rect_on = started and self.lambda_l > 0
         aff_on = step >= self.affinity_start and self.w_aff > 0
         if heads_on or aff_on:
@@ -163,9 +168,13 @@ class FFRLoss(nn.Module):
                 refinement=self.refinement,
                 max_present=max_present,
             )
-            seg = self._segment(model.head(final), pseudo[0], size)
+            full = self._full(model.head(final), size)
+            if seg_on:
+                seg = self.segmentation(full, pseudo[0], **reduce)
             if high_on:
-                seg_high = self._segment(model.head.high(high), pseudo[1], size)
+                seg_high = self.segmentation(self._full(model.head.high(high), size), pseudo[1], **reduce)
+            if energy_on:
+                energy = self.energy(full, pseudo[0], images=images)
         if rect_on:
             vectors, valid = self.prototypes(
                 final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present
@@ -178,14 +187,12 @@ class FFRLoss(nn.Module):
             aff = self.affinity(final, grid_label, mask=mask, **reduce).to(exact)
 
         segmentation = self.w_seg * (seg + self.lambda_h * seg_high)
-        total = cls + cls_inter + segmentation + self.lambda_l * rect + self.w_aff * aff
+        total = cls + cls_inter + segmentation + self.lambda_l * rect + self.w_aff * aff + self.w_reg * energy
         return Terms(total, *(term.detach() for term in (cls, cls_inter, seg, seg_high, rect, aff, energy)))
 
-    def _segment(self, logits: Tensor, label: Tensor, size: tuple[int, int]) -> Tensor:
+    def _full(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        full = to_image(logits, size, self.model.encoder.patch_size)
-        loss: Tensor = self.segmentation(full, label, all_reduce=self.all_reduce, world_size=self.world_size)
-        return loss
+        return to_image(logits, size, self.model.encoder.patch_size)
 
     def _to_grid(self, cam: Tensor, features: Tensor) -> Tensor:
         """Shrink a CAM from the image to the token grid; a padded grid sees the border repeated."""

@@ -255,6 +255,47 @@ def affinity(tokens: np.ndarray, label: np.ndarray, ignore_index: int = 255) -> 
     return alike_half + (0.5 * sums[1] / (counts[1] + 1) if counts[1] else 0.0)
 
 
+def lattice_filter(features: np.ndarray, values: np.ndarray, normalize: bool = False) -> np.ndarray:
+    """The permutohedral filter with a dictionary, its simplices as the Kuhn triangulation seen along (1, ..., 1)."""
+    count, d = features.shape
+    corners = []
+    for f in features:
+        raised = np.zeros(d + 1)
+        for k in range(d):
+            axis = np.array([1.0] * (k + 1) + [-(k + 1.0)] + [0.0] * (d - k - 1))
+            raised += f[k] * np.sqrt(2 / 3) * axis / np.sqrt((k + 1) * (k + 2))
+        corner = np.floor(raised).astype(int)
+        rest = raised - corner
+        weights: dict[tuple[int, ...], float] = {}
+        steps = [1.0, *sorted(rest, reverse=True), 0.0]
+        for taken, axis in enumerate([None, *np.argsort(-rest)]):
+            if axis is not None:
+                corner[axis] += 1
+            key = tuple(int(c) for c in (d + 1) * corner - corner.sum())
+            weights[key] = weights.get(key, 0.0) + steps[taken] - steps[taken + 1]
+        corners.append(weights)
+
+    def once(v: np.ndarray) -> np.ndarray:
+        held = {key: np.zeros(v.shape[1]) for weights in corners for key in weights}
+        for weights, row in zip(corners, v, strict=True):
+            for key, weight in weights.items():
+                held[key] = held[key] + weight * row
+        for axis in range(d + 1):
+            step = [d if k == axis else -1 for k in range(d + 1)]
+            held = {
+                key: row
+                + 0.5 * sum(held.get(tuple(np.add(key, sign * np.array(step)).tolist()), 0 * row) for sign in (1, -1))
+                for key, row in held.items()
+            }
+        out = [sum(weight * held[key] for key, weight in weights.items()) for weights in corners]
+        return np.stack(out) / (1 + 2.0**-d)
+
+    if not normalize:
+        return once(values)
+    root = np.sqrt(once(np.ones((count, 1))))
+    return once(values / root) / root
+
+
 def over_ranks(loss: Callable[..., torch.Tensor], *ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of a loss over ranks and its gradients as data parallelism gives them, joined along the batch.
 

@@ -30,6 +30,7 @@ EXCEPTED = {
     "cam_to_label", "label_to_cam",  # label functions
     "metrics", "draw",  # numbers and pictures for a reader
     "cam",  # a module of Python; its functions are on the sheet
+    "PermutohedralLattice", "DenseCRF",  # by points, and after training: no gradient, no graph; tests of their own
 }  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def objective():
         model.classifier.weight.mul_(50)
         model.intermediate_classifier.weight.mul_(50)
     par = ffr.PixelAdaptiveRefinement((1,), iterations=1)
-    return ffr.FFRLoss(model, start=0, scales=(1.0,), refinement=par, rectification=moving())
+    energy = ffr.DenseEnergyLoss(sigma_rgb=60.0)  # its gate is held, at a weight which finite differences do not see
+    return ffr.FFRLoss(model, start=0, scales=(1.0,), refinement=par, rectification=moving(), energy=energy)
 
 
 def moving():
@@ -159,6 +161,17 @@ def to(x, dtype):
 
 def segmentation_inputs():
     return {"logits": normal(3, 4, *GRID), "label": label_map(3, *SIZE)}
+
+
+def energy_inputs():
+    """An open gate everywhere: it is constant, as finite differences need it."""
+    return {
+        "logits": normal(3, 4, *GRID), "label": torch.full((3, *SIZE), 255), "images": pictures(),
+        "roi": coarse(3, *SIZE, seed=6),
+    }  # fmt: skip
+
+
+ENERGY = {"weight": 2e-3, "sigma_rgb": 60.0}
 
 
 def affinity_inputs():
@@ -285,6 +298,15 @@ CASES = {
     "SegmentationLoss": Case(ffr.SegmentationLoss, ffr.SegmentationLoss, segmentation_inputs, smooth=("logits",)),
     "affinity_loss": Case(losses.affinity_loss, lambda: losses.affinity_loss, affinity_inputs, **X, **PAIRS),
     "AffinityLoss": Case(ffr.AffinityLoss, ffr.AffinityLoss, affinity_inputs, **X, **PAIRS),
+    "dense_energy_loss": Case(
+        losses.dense_energy_loss,
+        lambda: partial(losses.dense_energy_loss, **ENERGY),
+        energy_inputs,
+        smooth=("logits",),
+    ),
+    "DenseEnergyLoss": Case(
+        ffr.DenseEnergyLoss, lambda: ffr.DenseEnergyLoss(**ENERGY), energy_inputs, smooth=("logits",)
+    ),
     "TimmEncoder": Case(TimmEncoder, timm_module, named_images, smooth=("images",), learns=True, casts=True),
     "FFR": Case(ffr.FFR, network, named_images, smooth=("images",), learns=True, casts=True),
     "FFR.outputs": Case(

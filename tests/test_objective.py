@@ -27,7 +27,8 @@ def objective(dtype=torch.float64, encoder=TinyEncoder, patch_size=4, **settings
     with torch.no_grad():  # large enough that every term has something to say
         model.classifier.weight.mul_(50)
         model.intermediate_classifier.weight.mul_(50)
-    settings = {"start": 0, "refinement": ffr.PixelAdaptiveRefinement(**PAR), **settings}
+    energy = ffr.DenseEnergyLoss(weight=0.01)  # heavier than the default, which no test would see
+    settings = {"start": 0, "refinement": ffr.PixelAdaptiveRefinement(**PAR), "energy": energy, **settings}
     return ffr.FFRLoss(model, **settings)
 
 
@@ -90,22 +91,22 @@ def by_hand(model, images, labels, high, low, affinity_high, affinity_low, scale
         "seg_high": segmentation(model.head.high(bands.high), label_inter),
         "rect": ffr.rectification_loss(features=x, low=bands.low, prototypes=vectors, valid=valid),
         "aff": ffr.AffinityLoss()(x, pairs),
-        "energy": torch.zeros((), dtype=torch.float64),
+        "energy": ffr.DenseEnergyLoss(weight=0.01)(model.head(x), label, images=images),
     }
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms_of_the_method():
     images, labels = batch()
     labelling = {"high": 0.55, "low": 0.3, "affinity_high": 0.6, "affinity_low": 0.2, "scales": (1, 0.5)}
-    weights = {"w_seg": 0.3, "lambda_h": 1.7, "lambda_l": 0.9, "w_aff": 0.7}
+    weights = {"w_seg": 0.3, "lambda_h": 1.7, "lambda_l": 0.9, "w_aff": 0.7, "w_reg": 0.4}
     loss = objective(**labelling, **weights)
     terms = loss(images, labels, step=0)
     wanted = by_hand(loss.model, images, labels, **labelling)
     for name in TERMS:
         assert_close(getattr(terms, name), wanted[name].detach(), msg=lambda text, name=name: f"{name}: {text}")
-        assert name == "energy" or getattr(terms, name) > 0
+        assert getattr(terms, name).abs() > 1e-3
     total = wanted["cls"] + wanted["cls_inter"] + 0.3 * (wanted["seg"] + 1.7 * wanted["seg_high"])
-    total = total + 0.9 * wanted["rect"] + 0.7 * wanted["aff"]
+    total = total + 0.9 * wanted["rect"] + 0.7 * wanted["aff"] + 0.4 * wanted["energy"]
     assert_close(terms.total, total)
     ours, theirs = grads(loss, terms.total), grads(loss, total)
     for name, grad in theirs.items():
@@ -115,7 +116,9 @@ def test_the_total_is_the_weighted_sum_of_the_terms_of_the_method():
 def test_the_defaults_are_those_of_the_method():
     loss = ffr.FFRLoss(ffr.FFR(TinyEncoder(), 5, hidden=6))
     assert (loss.start, loss.affinity_start) == (2000, 0)
-    assert (loss.w_seg, loss.lambda_h, loss.lambda_l, loss.w_aff) == (0.1, 2, 1, 0.2)
+    assert (loss.w_seg, loss.lambda_h, loss.lambda_l, loss.w_aff, loss.w_reg) == (0.1, 2, 1, 0.2, 0.05)
+    assert (loss.energy.weight, loss.energy.sigma_rgb, loss.energy.sigma_xy, loss.energy.scale) == (1e-7, 15, 100, 0.5)
+    assert loss.energy.exact_gradient
     assert (loss.high, loss.low, loss.affinity_high, loss.affinity_low) == (0.7, 0.25, 0.7, 0.25)
     assert loss.scales == (1.0, 0.5, 1.5)
     assert loss.model.frequency.mu == 0.4
@@ -127,7 +130,7 @@ def test_the_defaults_are_those_of_the_method():
 def test_all_but_the_total_are_detached_scalars_without_their_weight():
     images, labels = batch()
     terms = objective()(images, labels, step=0)
-    heavy = objective(w_seg=5.0, lambda_h=7.0, lambda_l=9.0, w_aff=11.0)(images, labels, step=0)
+    heavy = objective(w_seg=5.0, lambda_h=7.0, lambda_l=9.0, w_aff=11.0, w_reg=13.0)(images, labels, step=0)
     assert terms._fields == ("total", *TERMS)
     assert terms.total.requires_grad
     for name in TERMS:
@@ -166,6 +169,7 @@ LATE = (
     "refinement",
     "rectification",
     "prototypes",
+    "energy",
     "model.frequency",
     "model.head.high",
     "model.head.phi_0",
@@ -180,7 +184,7 @@ def test_before_its_start_a_term_is_zero_and_not_computed(path):
     refuse(loss, path)
     for step in (0, 9):
         terms = loss(images, labels, step=step)
-        assert terms.seg == terms.seg_high == terms.rect == 0
+        assert terms.seg == terms.seg_high == terms.rect == terms.energy == 0
         assert terms.aff > 0
         assert_close(terms.total, terms.cls + terms.cls_inter + 0.2 * terms.aff)
         assert_close(terms.cls, full.cls)
@@ -210,11 +214,13 @@ def test_the_affinity_loss_may_start_after_the_others():
 @pytest.mark.parametrize(
     ("weights", "off", "unused"),
     [
-        (("w_seg",), {"seg", "seg_high"}, ["segmentation", "refinement", "model.head.phi_0", "model.head.phi_2"]),
+        (("w_seg",), {"seg", "seg_high"}, ["segmentation", "model.head.phi_2"]),
+        (("w_reg",), {"energy"}, ["energy"]),
+        (("w_seg", "w_reg"), {"seg", "seg_high", "energy"}, ["refinement", "model.head.phi_0"]),
         (("lambda_h",), {"seg_high"}, ["model.head.high", "model.head.phi_2"]),
         (("lambda_l",), {"rect"}, ["prototypes", "rectification"]),
         (("w_aff",), {"aff"}, ["affinity"]),
-        (("w_seg", "w_aff"), {"seg", "seg_high", "aff"}, ["model.cams"]),
+        (("w_seg", "w_aff", "w_reg"), {"seg", "seg_high", "aff", "energy"}, ["model.cams"]),
         (("w_seg", "lambda_l"), {"seg", "seg_high", "rect"}, ["model.frequency"]),
         (("lambda_h", "lambda_l"), {"seg_high", "rect"}, ["model.frequency"]),
     ],
@@ -239,12 +245,13 @@ def test_the_gradient_of_each_term_reaches_its_own_weights_alone():
     images, labels = batch()
 
     def gradient(**on):
-        loss = objective(**{"w_seg": 0, "lambda_h": 0, "lambda_l": 0, "w_aff": 0, **on})
+        loss = objective(**{"w_seg": 0, "lambda_h": 0, "lambda_l": 0, "w_aff": 0, "w_reg": 0, **on})
         return grads(loss, loss(images, labels, step=0).total)
 
     plain = gradient()
     assert reached(plain) == FINAL | {"classifier", "intermediate_classifier"}
     assert reached(gradient(w_seg=1), plain) == FINAL | {"head.phi_0", "head.phi_1", "head.last"}
+    assert reached(gradient(w_reg=1), plain) == FINAL | {"head.phi_0", "head.phi_1", "head.last"}
     assert reached(gradient(lambda_l=1), plain) == FINAL
     assert reached(gradient(w_aff=1), plain) == FINAL
     both = reached(gradient(w_seg=1, lambda_h=1), gradient(w_seg=1))
@@ -593,6 +600,7 @@ def test_the_objective_does_not_depend_on_the_number_of_ranks(labels):
         ({"w_seg": -0.1}, r"`w_seg` in \[0, inf\], got -0\.1"),
         ({"lambda_h": -1}, r"`lambda_h` in"),
         ({"lambda_l": -1}, r"`lambda_l` in"),
+        ({"w_reg": -1}, r"`w_reg` in \[0, inf\], got -1"),
         ({"w_aff": float("nan")}, r"`w_aff` in .*got nan"),
         ({"high": 1.1}, r"`high` in \[0, 1\], got 1\.1"),
         ({"low": 0.8}, r"`low` in \[0, 0\.7\], got 0\.8"),

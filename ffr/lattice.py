@@ -1,0 +1,302 @@
+"""Gaussian filtering in a feature space of a few dimensions, on the permutohedral lattice."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffr import _check
+
+
+class PermutohedralLattice:
+    r"""Gaussian filter over N points, its cost linear in N; built once, used for any number of filterings.
+
+    .. math:: (G v)_i \approx \sum_j \exp(-\tfrac12 |f_i - f_j|^2)\, v_j
+
+    Every point spreads its value to the :math:`d + 1` corners of its simplex, the lattice is blurred along its
+    :math:`d + 1` axes, and the points read it back. With `normalize` the result is :math:`D^{-1/2} G D^{-1/2} v`,
+    :math:`D = \operatorname{diag}(G 1)`. Without it, values are in *lattice units*: about half of the sum above for
+    position and colour, for the blur truncates the Gaussian.
+
+    Everything is torch on the device of `features`. On a CPU, or with ``count=True``, the lattice has as many points as
+    the features touch, and the host reads their number. Elsewhere it has room for all ``N (d + 1)``, and the host reads
+    nothing.
+
+    Args:
+        features: ``(N, d)``, d from 1 to 6, finite, divided by the standard deviation of each column; position and
+            colour of an image come from `image_features`. Below float32 they are computed in float32.
+        normalize: divide by the square root of the filtered ones on both sides.
+        exact_adjoint: blur in both orders of the axes and average, so that ``u . G v = v . G u`` to rounding. One order
+            alone is only nearly symmetric (1e-3), and a quarter cheaper.
+        count: read the number of lattice points on the host; by default on a CPU alone.
+
+    Raises:
+        ValueError: if `features` has another shape or number of columns. TypeError: for a wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from ffr.lattice import PermutohedralLattice
+        >>> lattice = PermutohedralLattice(torch.zeros(5, 2))  # five points at one place: the mean
+        >>> lattice(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]))[:, 0].round(decimals=4)
+        tensor([2., 2., 2., 2., 2.])
+
+    Reference: Adams, Baek and Davis, Eurographics 2010; normalised as in Krähenbühl and Koltun, NeurIPS 2011.
+    """
+
+    index: Tensor  # (N, d + 1) int32, the lattice points of the simplex of every point
+    weight: Tensor  # (N, d + 1), what the point reads from each, all factors included
+    _spread_index: Tensor  # (N (d + 1),) int32, who spreads to a lattice point, one lattice point after the other
+    _spread_weight: Tensor  # (N (d + 1),)
+    _offsets: Tensor  # (points,) int32, where the points of a lattice point begin
+    _axes: list[tuple[Tensor, Tensor]]  # along each: (points, 3) itself and its two neighbours, and their weights
+
+    def __init__(
+        self, features: Tensor, *, normalize: bool = True, exact_adjoint: bool = False, count: bool | None = None
+    ) -> None:
+        owner = "PermutohedralLattice"
+        dimensions = _check.bind(owner, features=(features, "N d"))["d"]
+        _check.floating(owner, features=features)
+        _check.within(owner, at_least=1, at_most=6, d=dimensions)
+        _check.within(owner, at_least=1, N=features.shape[0])
+        self.exact_adjoint = exact_adjoint
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            columns = features.to(torch.promote_types(features.dtype, torch.float32)).t().contiguous()
+            self._build(columns, features.device.type == "cpu" if count is None else count)
+            if normalize:
+                ones = torch.ones_like(self.weight[:, :1])
+                scale = torch.rsqrt(self(ones) + 1e-20)
+                self.weight = self.weight * scale
+                self._spread_weight = self._spread_weight * scale[:, 0][self._spread_index]
+
+    @property
+    def points(self) -> int:
+        """Room on the lattice: the number of its points where they were counted, else its bound."""
+        return self._offsets.shape[0]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Filter ``(N, C)``, in the dtype of `values`; computed in that of the lattice. Carries no gradient."""
+        _check.bind("PermutohedralLattice", sizes={"N": self.index.shape[0]}, values=(values, "N C"))
+        _check.floating("PermutohedralLattice", values=values)
+        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+            return weighted_rows(self.index, self.blurred(values), self.weight).to(values.dtype)
+
+    def blurred(self, values: Tensor) -> Tensor:
+        """Values ``(N, C)`` on the blurred lattice, ``(points, C)``; ``index`` and ``weight`` read them back."""
+        values = values.detach().to(self.weight.dtype)
+        spread = F.embedding_bag(
+            self._spread_index, values, self._offsets, mode="sum", per_sample_weights=self._spread_weight
+        )
+        forward = spread
+        for index, weight in self._axes:
+            forward = weighted_rows(index, forward, weight)
+        if not self.exact_adjoint:
+            return forward
+        for index, weight in reversed(self._axes):
+            spread = weighted_rows(index, spread, weight)
+        return (forward + spread).mul_(0.5)
+
+    def _build(self, columns: Tensor, count: bool) -> None:
+        """Find the simplex of every point, number the corners, and note who neighbours whom."""
+        d = columns.shape[0]
+        corners, device = d + 1, columns.device
+        floor, rank, self.weight = _simplices(columns)
+
+        # The corner r of a simplex has the coordinates (d + 1) floor + r, less d + 1 where the rank exceeds d - r. All
+        # lie within d + 1 of the first. A point is one integer, its coordinates the digits of a mixed radix; neighbours
+        # in space are then close in memory. Odd radices make what passes 64 bits a hash instead of a clash.
+        low, high = floor.amin(1), floor.amax(1)
+        radix = ((high - low + 4) * corners) | 1
+        digit = torch.cat([radix.new_ones(1), radix.cumprod(0)])[:d]
+        base = torch.zeros_like(floor[0])
+        order = torch.zeros_like(floor[0])
+        for k in range(d):
+            base += (floor[k] - low[k] + 2) * (digit[k] * corners)
+            order += rank[k].long() * corners**k
+        # Many points share a simplex: name those once, then their corners.
+        points, simplex, _, begin, size = _distinct(base * (corners**d | 1) + order, count)
+        member = torch.empty_like(points).scatter_(0, points, simplex)
+        first = points[begin.clamp(max=points.shape[0] - 1)]
+        base, rank = base[first], rank[:, first]
+        keys = torch.stack([base + r * digit.sum() for r in range(corners)], 1)
+        for r in range(1, corners):
+            for k in range(d):
+                keys[:, r] -= (rank[k] > d - r) * (digit[k] * corners)
+        pairs, receiver, names, _, _ = _distinct(keys.flatten(), count)
+        corner = torch.empty_like(pairs).scatter_(0, pairs, receiver).int()
+        self.index = corner.reshape(keys.shape)[member]
+
+        total = names.shape[0]
+        own = torch.arange(total, device=device)
+        half = torch.full_like(own, 0.5, dtype=columns.dtype)
+        self._axes = []
+        for j in range(corners):
+            step = digit[j] * corners - digit.sum() if j < d else -digit.sum()
+            wanted = names + step
+            ahead = torch.searchsorted(names, wanted).clamp_(max=total - 1)
+            there = names[ahead] == wanted
+            # Who is ahead of whom also tells who is behind; number `total` takes the answers of those without.
+            behind = own.new_full((total + 1,), -1).scatter_(0, torch.where(there, ahead, total), own)[:total]
+            index = torch.stack([own, torch.where(there, ahead, 0), behind.clamp(min=0)], 1).int()
+            self._axes.append((index, torch.stack([half * 2, half * there, half * (behind >= 0)], 1)))
+
+        # Transposed: the points that spread to a lattice point, one after the other. They stand in `points` simplex
+        # by simplex, so every (simplex, corner), in the order of its corner, is a run of them.
+        owner, place = pairs.div(corners, rounding_mode="trunc"), pairs % corners
+        length = size[owner]
+        start = length.cumsum(0) - length
+        room = self.index.numel()
+        run = torch.zeros(room + 1, dtype=torch.int64, device=device).scatter_add_(0, start, torch.ones_like(start))
+        run = run[:room].cumsum_(0).sub_(1)
+        point = points[torch.arange(room, device=device).add_((begin[owner] - start)[run])]
+        self._spread_index = point.int()
+        self._spread_weight = self.weight.flatten()[point.mul_(corners).add_(place[run])]
+        received = torch.zeros_like(own).scatter_add_(0, receiver, length)
+        self._offsets = (received.cumsum(0) - received).int()
+        self.weight = self.weight / (1 + 2.0**-d)
+
+
+def _simplices(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex of every point: first corner over d + 1 (d, N), ranks of the axes (d, N), weights (N, d + 1)."""
+    d, count = columns.shape
+    corners = d + 1
+    elevated = [columns[0]] * corners
+    total = torch.zeros_like(columns[0])
+    for j in range(d, 0, -1):
+        scaled = columns[j - 1] * (math.sqrt(2 / 3) * corners / math.sqrt(j * (j + 1)))
+        elevated[j] = torch.sub(total, scaled, alpha=j)
+        total = total + scaled
+    elevated[0] = total
+
+    nearest = [torch.round(x * (1 / corners)) for x in elevated]
+    apart = [torch.sub(x, near, alpha=corners) for x, near in zip(elevated, nearest, strict=True)]
+    # Rounding may leave the plane of zero sums; the ranks tell which axes step back to it.
+    excess = torch.stack(nearest).sum(0).to(torch.int8)
+    rank = [excess.clone() for _ in range(corners)]
+    for a in range(d):
+        for b in range(a + 1, corners):
+            behind = apart[a] < apart[b]
+            rank[a] += behind
+            rank[b] += ~behind
+    for k in range(corners):
+        turn = (rank[k] < 0).to(torch.int8) - (rank[k] > d).to(torch.int8)
+        rank[k] += turn * corners
+        nearest[k] = nearest[k] + turn
+        apart[k] = torch.sub(apart[k] * (1 / corners), turn.to(columns.dtype))
+
+    # The weights are the gaps between the sorted distances. A few comparators sort faster than a sort along an axis.
+    for done in range(d):
+        for i in range(d - done):
+            apart[i], apart[i + 1] = torch.maximum(apart[i], apart[i + 1]), torch.minimum(apart[i], apart[i + 1])
+    weight = torch.empty(count, corners, dtype=columns.dtype, device=columns.device)
+    weight[:, 0] = 1 + apart[d] - apart[0]
+    for k in range(1, corners):
+        weight[:, k] = apart[d - k] - apart[corners - k]
+    return torch.stack(nearest[:d]).long(), torch.stack(rank[:d]), weight
+
+
+def _distinct(names: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort names and number the distinct ones.
+
+    With `count` off, which spares the host a number, there is room for all: unused numbers come last, with the largest
+    name and the size 0.
+
+    Returns:
+        the places in sorted order and the number at each; by number, the name, where it begins in that order, how often
+        it occurs.
+    """
+    ordered, order = names.sort(stable=True)
+    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
+    room = int(number[-1]) + 1 if count else names.shape[0]
+    distinct = names.new_full((room,), torch.iinfo(torch.int64).max).scatter_(0, number, ordered)
+    size = torch.zeros_like(distinct).scatter_add_(0, number, torch.ones_like(number))
+    return order, number, distinct, size.cumsum(0) - size, size
+
+
+def weighted_rows(index: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the rows that `index` ``(N, m)`` names; fused, never stored as ``(N, m, C)``."""
+    return F.embedding_bag(index, values, mode="sum", per_sample_weights=weight)
+
+
+def image_features(image: Tensor, *, sxy: float, srgb: float) -> Tensor:
+    r"""Position and colour of every pixel.
+
+    .. math:: f = (x / s_{xy},\, y / s_{xy},\, r / s_{rgb},\, g / s_{rgb},\, b / s_{rgb})
+
+    Args:
+        image: ``(3, H, W)``, RGB, uint8 or float in [0, 1].
+        sxy: standard deviation of the position, in pixels.
+        srgb: standard deviation of the colour, on the scale 0..255.
+
+    Returns:
+        ``(H * W, 5)``, at least float32.
+
+    Raises:
+        ValueError: if a shape or a number does not fit. TypeError: for a wrong dtype.
+
+    Example:
+        >>> import torch
+        >>> from ffr.lattice import image_features
+        >>> image_features(torch.ones(3, 1, 2), sxy=2, srgb=5)
+        tensor([[ 0.0000,  0.0000, 51.0000, 51.0000, 51.0000],
+                [ 0.5000,  0.0000, 51.0000, 51.0000, 51.0000]])
+    """
+    owner = "image_features"
+    _check.bind(owner, image=(image, "3 H W"))
+    positive(owner, sxy=sxy, srgb=srgb)
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise TypeError(
+                f"{owner}: expected `image` as uint8 or float in [0, 1], got {image.dtype}. Use image.to(torch.uint8)."
+            )
+        image = image.to(torch.promote_types(image.dtype, torch.float32)) * 255
+    colour = image.flatten(1).to(torch.promote_types(image.dtype, torch.float32))
+    return torch.cat([_positions(image.shape[1:], sxy, colour.dtype, image.device), (colour / srgb).t()], 1)
+
+
+def position_lattice(
+    size: tuple[int, int], *, sxy: float, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PermutohedralLattice:
+    """The normalised lattice of the positions of an image, from a cache of the eight used last.
+
+    Args:
+        size: ``(H, W)``.
+        sxy: standard deviation, in pixels.
+        dtype: float32 or float64.
+        device: where it lies.
+
+    Returns:
+        a lattice of ``H * W`` points, row by row. Shared: never edit it.
+
+    Raises:
+        ValueError: if `sxy` is not positive.
+
+    Example:
+        >>> from ffr.lattice import position_lattice
+        >>> position_lattice((4, 6), sxy=3).index.shape
+        torch.Size([24, 3])
+    """
+    positive("position_lattice", sxy=sxy)
+    return _cached_position_lattice(tuple(size), float(sxy), dtype, torch.device(device))
+
+
+@lru_cache(maxsize=8)
+def _cached_position_lattice(
+    size: tuple[int, int], sxy: float, dtype: torch.dtype, device: torch.device
+) -> PermutohedralLattice:
+    with torch.inference_mode(False):  # a cached inference tensor would break later training
+        return PermutohedralLattice(_positions(size, sxy, dtype, device))
+
+
+def _positions(size: tuple[int, ...], sxy: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Column and row of every pixel over sxy, (H * W, 2)."""
+    y, x = (torch.arange(n, dtype=dtype, device=device) / sxy for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+
+
+def positive(owner: str, /, **values: float) -> None:
+    """Refuse numbers that are no standard deviation."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{owner}: expected `{name}` > 0, got {value!r}.")
