@@ -231,7 +231,7 @@ def _scene(split: str, index: int, size: int, seed: int, classes: tuple[str, ...
         light, inside = _resize(np.stack([grey.astype(np.float32) / 255, grey > 0]), rows, columns)
         # Enlarged, the mask's edge is a ramp: make it one pixel wide, and take the mask's share out of the light.
         opacity = ((inside - 0.5) * max(1.0, rows / SIDE) + 0.5).clip(0, 1)
-        colour = rng.colour(0.6, 1) * (0.15 + 0.85 * light / inside.clip(0.01))
+        colour = rng.colour(0.75, 1) * (0.15 + 0.85 * light / inside.clip(0.01))
         image[window] += (colour - image[window]) * opacity
         mask[window][opacity > 0.5] = 1 + classes.index(name)
     grain = rng.between(0, 0.06) * (rng.array(size, size) - 0.5)
