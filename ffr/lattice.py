@@ -72,7 +72,7 @@ class PermutohedralLattice:
 
     @property
     def points(self) -> int:
-        """Room on the lattice: the number of its points where they were counted, else its bound."""
+        """How many points the lattice has where they were counted, else the bound on them."""
         return self._offsets.shape[0]
 
     def __call__(self, values: Tensor) -> Tensor:
