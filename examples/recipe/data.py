@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,11 +142,7 @@ def _check_split(owner: str, classes: Any, items: Sequence[Item]) -> None:
         raise ValueError(f"{owner}: there is no image to list.")
     seen: set[str] = set()
     for item in items:
-        # Names become the paths of predictions: none may lead out of their folder, or name two files.
-        if not isinstance(item.name, str) or not item.name.strip() or "\\" in item.name or "\0" in item.name:
-            raise ValueError(f"{owner}: {item.name!r} is no name of an image.")
-        if PurePosixPath(item.name).is_absolute() or {"..", "."} & set(item.name.split("/")):
-            raise ValueError(f"{owner}: the name {item.name!r} leads out of the folder. Use a relative one.")
+        check_name(owner, item.name)
         if item.name in seen:
             raise ValueError(f"{owner}: the name {item.name!r} is listed twice. Names tell images apart.")
         seen.add(item.name)
@@ -157,6 +153,13 @@ def _check_split(owner: str, classes: Any, items: Sequence[Item]) -> None:
                 raise ValueError(f"{owner}: expected labels in 0..{len(classes) - 1} for {item.name!r}, got {label!r}.")
         if len(set(item.labels)) < len(item.labels):
             raise ValueError(f"{owner}: a label of {item.name!r} is listed twice: {list(item.labels)}.")
+
+
+def check_name(owner: str, name: Any) -> None:
+    """Refuse a name that leads out of its folder: masks and predictions are called after it."""
+    parts = name.split("/") if isinstance(name, str) and name.strip() else [""]
+    if {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name or name != name.encode(errors="ignore").decode():
+        raise ValueError(f"{owner}: {name!r} is no name of an image. Use a relative path with forward slashes.")
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def read_image(path: str | Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be decoded to its end; names the file.
     """
-    with _decoding("read_image", path), Image.open(path) as picture:
+    with decoding("read_image", path), Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
             deep = np.asarray(picture).astype(np.int64)
@@ -202,7 +205,7 @@ def read_mask(path: str | Path, num_labels: int, size: tuple[int, int] | None = 
         FileNotFoundError: if there is no such file.
         ValueError: for a broken file, another format (RGB above all), a foreign value or size; names the file.
     """
-    with _decoding("read_mask", path):
+    with decoding("read_mask", path):
         mask = load_label(path)
     if size is not None and mask.shape != tuple(size):
         raise ValueError(
@@ -219,7 +222,7 @@ def read_mask(path: str | Path, num_labels: int, size: tuple[int, int] | None = 
 
 
 @contextmanager
-def _decoding(owner: str, path: str | Path) -> Iterator[None]:
+def decoding(owner: str, path: str | Path) -> Iterator[None]:
     """Name the file in whatever a decoder raises; a missing file stays a FileNotFoundError."""
     try:
         yield

@@ -1,0 +1,305 @@
+"""Prepare a folder of one's own images for training: any number of classes, any file names, nested folders.
+
+    python examples/prepare_folder.py --images photos                       # photos/cat/1.jpg shows a cat
+    python examples/prepare_folder.py --images photos --labels labels.csv --val-fraction 0.2 --seed 1
+    python examples/prepare_folder.py --images photos --labels labels.json --masks masks --val-list val.txt
+
+Labels are one of
+    a folder per class      photos/cat/..., photos/dog/...: one label an image
+    CSV, one column a class name,cat,dog        then  a/b.jpg,1,0
+    CSV, one column         name,labels         then  a/b.jpg,cat;dog
+    JSON                    {"a/b.jpg": ["cat", "dog"], ...}
+with names relative to --images, with or without their suffix. Masks, if any, are indexed PNGs masks/a/b.png: 0 for
+background, 1..K in the order of the classes, 255 for not scored. Writes train.json and val.json; copies nothing.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+try:
+    from recipe.data import Item, check_name, decoding, read_image, read_mask
+    from recipe.prepare import Done, Summary, claim, command, digest, values_of, work
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(f"prepare_folder needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SPLITS = ("train", "val", "test")
+PRODUCTS = tuple(f"{split}.json" for split in SPLITS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A folder of one's own images."""
+
+    images: Path
+    """the folder of the images, searched to its bottom"""
+    labels: Path | None = None
+    """CSV or JSON; without it the first folder below --images is the class"""
+    masks: Path | None = None
+    """folder of masks, for evaluation only; an image may be without one"""
+    classes: tuple[str, ...] = ()
+    """names in the order of the masks' numbers; else the CSV's header, or all names sorted"""
+    val_fraction: float = 0.1
+    """share of the images for validation, drawn by --seed; for when no list is given"""
+    seed: int = 0
+    """decides which images are drawn"""
+    train_list: Path | None = None
+    """text file with a name a line; without it, what no other list names"""
+    val_list: Path | None = None
+    """text file with a name a line; without it, what no other list names, if --train-list is given"""
+    test_list: Path | None = None
+    """text file with a name a line, kept out of both; these may lack labels"""
+    out: Path = Path("data/folder")
+    """a new folder, or an earlier output to complete"""
+    workers: int = 0
+    """processes; 0: one a CPU"""
+    overwrite: bool = False
+    """replace the lists that an earlier run wrote to --out"""
+
+
+class Row(NamedTuple):
+    """Labels of one image as written, and where that is."""
+
+    where: str
+    name: str
+    labels: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """One image; `labels` None where they are unknown."""
+
+    name: str
+    image: Path | None
+    mask: Path | None
+    labels: tuple[int, ...] | None
+    num_labels: int
+
+
+def same(name: str) -> str:
+    """One spelling of a name: file systems and editors compose accents differently."""
+    return unicodedata.normalize("NFC", name.strip().removeprefix("./"))
+
+
+def find_images(root: Path) -> tuple[dict[str, Path], int]:
+    """Name -> file for all images below `root`, sorted, and how many other files there are."""
+    found: dict[str, Path] = {}
+    others = 0
+    for path in sorted(root.rglob("*")):
+        inner = PurePosixPath(path.relative_to(root).as_posix())
+        if not path.is_file() or any(part.startswith(".") for part in inner.parts):
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            others += 1
+            continue
+        name = str(inner.with_suffix(""))
+        check_name("--images", name)
+        if name in found:
+            raise ValueError(f"--images: {found[name]} and {path} differ by their suffix alone. Rename one of them.")
+        found[name] = path
+    if not found:
+        raise ValueError(f"--images: there is no image ({' '.join(sorted(SUFFIXES))}) in {root}. Name another folder.")
+    return found, others
+
+
+def read_csv(path: Path) -> tuple[tuple[str, ...] | None, list[Row]]:
+    """Class names of the header, None for the form `name,labels`, and the rows."""
+    with decoding("--labels", path), path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(file)
+        head = [cell.strip() for cell in next(table, [])]
+        if len(head) < 2 or head[0] != "name":
+            raise ValueError("line 1: expected the header name,CLASS,CLASS,... or name,labels")
+        listed = [name.lower() for name in head[1:]] == ["labels"]
+        rows = []
+        for row in table:
+            where, cells = f"{path}, line {table.line_num}", [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            if len(cells) != len(head):
+                raise ValueError(f"line {table.line_num}: expected {len(head)} cells, got {','.join(row)!r}")
+            if listed:
+                labels = tuple(part.strip() for part in cells[1].split(";") if part.strip())
+            elif bad := [cell for cell in cells[1:] if cell not in ("0", "1")]:
+                raise ValueError(f"line {table.line_num}: expected 0 or 1 for every class, got {bad[0]!r}")
+            else:
+                labels = tuple(name for name, cell in zip(head[1:], cells[1:], strict=True) if cell == "1")
+            rows.append(Row(where, cells[0], labels))
+    return None if listed else tuple(head[1:]), rows
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows of `{"name": ["class", ...]}`."""
+
+    def pairs(found: list[tuple[str, object]]) -> list[tuple[str, object]]:
+        return found  # a dictionary would drop a name that is there twice
+
+    with decoding("--labels", path):
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+        rows = []
+        if not isinstance(raw, list) or not all(isinstance(pair, tuple) for pair in raw):
+            raise ValueError('expected one object {"name": ["class", ...], ...}')
+        for name, labels in raw:
+            labels = [labels] if isinstance(labels, str) else labels
+            if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+                raise ValueError(f"expected a list of class names for {name!r}, got {labels!r}")
+            rows.append(Row(f"{path}, {name!r}", name, tuple(labels)))
+    return rows
+
+
+def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """The classes in order, and labels by name; a name without an image stays, to be reported."""
+    header = None
+    if settings.labels is None:
+        flat = [path for name, path in images.items() if "/" not in name]
+        if flat:
+            raise ValueError(
+                f"--images: {flat[0]} lies in no folder of a class. Move it, or give the labels by --labels."
+            )
+        rows = [Row(str(path), name, (name.partition("/")[0],)) for name, path in images.items()]
+    elif settings.labels.suffix.lower() == ".json":
+        rows = read_json(settings.labels)
+    else:
+        header, rows = read_csv(settings.labels)
+    if not rows:
+        raise ValueError(f"--labels: {settings.labels} lists no image.")
+    classes = settings.classes or header or tuple(sorted({label for row in rows for label in row.labels}))
+    if not classes or "" in classes or len(set(classes)) < len(classes):
+        raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes)) or 'none'}.")
+    names, labels = lookup(images), {}
+    for row in rows:
+        if unknown := [label for label in row.labels if label not in classes]:
+            raise ValueError(f"--labels: {row.where}: unknown class {unknown[0]!r}; known: {', '.join(classes)}.")
+        name = names.get(same(row.name), same(row.name))
+        if name in labels:
+            raise ValueError(f"--labels: {row.where}: {row.name!r} is listed a second time. Keep one row.")
+        check_name(f"--labels: {row.where}", name)
+        labels[name] = tuple(sorted({classes.index(label) for label in row.labels}))
+    return tuple(classes), labels
+
+
+def lookup(images: dict[str, Path]) -> dict[str, str]:
+    """Every spelling under which an image may be listed -> its name."""
+    spellings = {same(f"{name}{path.suffix}"): name for name, path in images.items()}
+    return spellings | {same(name): name for name in images}
+
+
+def read_names(path: Path, flag: str, names: dict[str, str]) -> list[str]:
+    """The images in a list, one a line."""
+    with decoding(flag, path):
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("it lists no image")
+        if unknown := [line for line in lines if same(line) not in names]:
+            raise ValueError(f"there is no image {unknown[0]!r} with labels ({len(unknown)} such lines)")
+        chosen = [names[same(line)] for line in lines]
+        if len(set(chosen)) < len(chosen):
+            raise ValueError("it lists an image twice")
+        return chosen
+
+
+def divide(settings: Settings, images: dict[str, Path], labels: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """The names of each split, by the lists or by the seed; what no list names is what is left."""
+    lists = {"train": settings.train_list, "val": settings.val_list, "test": settings.test_list}
+    labelled = {name: path for name, path in images.items() if name in labels}
+    splits: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for split, path in lists.items():
+        if path is None:
+            continue
+        splits[split] = read_names(path, f"--{split}-list", lookup(images if split == "test" else labelled))
+        for name in splits[split]:
+            if name in owner:
+                raise ValueError(f"--{split}-list: {name!r} is in {lists[owner[name]]}, too. Keep it in one list.")
+            owner[name] = split
+    rest = sorted(name for name in labels if name not in owner)  # names without an image, too: they are reported
+    if "train" in splits and "val" in splits:
+        return splits
+    if "train" in splits or "val" in splits:
+        splits["val" if "train" in splits else "train"] = rest
+        return splits
+    return splits | dict(zip(SPLITS, draw(rest, settings.val_fraction, settings.seed), strict=False))
+
+
+def draw(names: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """Draw a share of the names: by their digests, so neither order nor platform matters, and others hardly move."""
+    count = round(fraction * len(names))
+    if fraction > 0 and len(names) > 1:
+        count = min(max(count, 1), len(names) - 1)
+    chosen = set(sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())[:count])
+    return [name for name in names if name not in chosen], sorted(chosen)
+
+
+def make(task: Task) -> Done:
+    """Read one image and its mask to their ends."""
+    if task.image is None:
+        raise ValueError("it has labels, but there is no such image")
+    _, height, width = read_image(task.image).shape
+    values: tuple[int, ...] = ()
+    if task.mask is not None:
+        values = values_of(read_mask(task.mask, task.num_labels, (height, width)).numpy())
+    item = Item(task.name, task.image.absolute(), task.mask and task.mask.absolute(), task.labels)
+    return Done(task.name, item, kept=True, values=values)
+
+
+def check(settings: Settings) -> None:
+    """Refuse values that cannot be used, by the name of their option."""
+    for flag in ("images", "masks"):
+        folder = getattr(settings, flag)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{flag}: expected a folder, got {folder}.")
+    if settings.labels is not None and settings.labels.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--labels: expected a .csv or .json file, got {settings.labels}.")
+    if not 0 <= settings.val_fraction < 1:
+        raise ValueError(f"--val-fraction: expected a share in [0, 1), got {settings.val_fraction}.")
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Build the lists and report."""
+    check(settings)
+    images, others = find_images(settings.images)
+    classes, labels = read_labels(settings, images)
+    if settings.masks is not None and len(classes) > 254:
+        raise ValueError(f"--masks: an indexed PNG holds 254 classes at most, got {len(classes)}. Leave the masks out.")
+    splits = divide(settings, images, labels)
+    files = [path for path in (settings.labels, settings.train_list, settings.val_list, settings.test_list) if path]
+    drawn = settings.train_list is None and settings.val_list is None
+    used = {
+        "images": str(settings.images.resolve()),
+        "masks": settings.masks and str(settings.masks.resolve()),
+        "classes": list(classes),
+        "files": digest(*files),
+        "split": f"{settings.val_fraction} drawn by seed {settings.seed}" if drawn else "lists",
+    }
+    claim(settings.out, "prepare_folder", used, products=PRODUCTS, sources=files, overwrite=settings.overwrite)
+    tasks: dict[str, list[Task]] = {split: [] for split in splits}
+    for split, names in splits.items():
+        for name in names:
+            mask = settings.masks and settings.masks / f"{name}.png"
+            found = mask if mask and mask.is_file() else None
+            tasks[split].append(Task(name, images.get(name), found, labels.get(name), len(classes) + 1))
+    everything = [task for each in tasks.values() for task in each]
+    done = iter(work(make, everything, workers=settings.workers, title="images", console=console))
+    summary, notes = Summary(settings.out, classes, console), []
+    for split, each in tasks.items():
+        summary.add(split, islice(done, len(each)))
+        if settings.masks and (bare := sum(task.mask is None for task in each)):
+            notes.append(f"{split}: {bare:,} of {len(each):,} images have no mask in {settings.masks}.")
+    listed = {name for names in splits.values() for name in names}
+    if left := [name for name in images if name not in labels and name not in listed]:
+        more = ", ..." if len(left) > 8 else ""
+        notes.append(f"{len(left):,} images have no labels and are in no split: {', '.join(left[:8])}{more}")
+    if others:
+        notes.append(f"{others:,} other files in {settings.images} are no images.")
+    return summary.finish("prepare_folder", used, notes)
+
+
+if __name__ == "__main__":
+    sys.exit(command("prepare_folder", Settings, run, __doc__))

@@ -1,0 +1,290 @@
+"""What the prepare_*.py scripts share: the folder they may write to, workers, progress and the report."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ffr.draw import save_label
+from recipe.data import IGNORE, Item, read_mask, write_split
+from recipe.engine import written
+
+RECORD = "prepare.json"
+ROWS = {
+    "images": "images",
+    "official": "images in the official data",
+    "masks_new": "masks written",
+    "masks_kept": "masks found good and kept",
+    "no_label": "images without any label",
+    "label_unseen": "masks without a pixel of a label",
+    "mask_unlabelled": "masks with a class that is no label",
+    "broken": "images left out: files broken",
+}
+SHOWN = 20  # problems on the screen; the record has all
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Done(NamedTuple):
+    """What became of one image: its entry, or what is wrong with its files; `values` are those of its mask."""
+
+    name: str
+    item: Item | None = None
+    problem: str | None = None
+    kept: bool = False
+    values: tuple[int, ...] = ()
+    note: str | None = None
+
+
+# The folder -------------------------------------------------------------------------------------------------------
+
+
+def claim(
+    out: Path,
+    script: str,
+    settings: dict[str, Any],
+    *,
+    products: Sequence[str],
+    sources: Sequence[Path],
+    overwrite: bool,
+) -> None:
+    """Make `out` ours, or refuse it.
+
+    It may be new, empty, or an earlier output of the same script with the same settings, which is then completed.
+    Anything else is refused; with `overwrite` the `products` in it are removed, and nothing else.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
+    mine = {"script": script, "settings": settings}
+    old = _record(out)
+    if not overwrite and old is not None and {key: old.get(key) for key in mine} == mine:
+        for part in out.rglob(".*.part"):  # what a killed run was writing
+            part.unlink()
+        return
+    full = out.is_dir() and any(out.iterdir())
+    if full and not overwrite:
+        if old is not None and old.get("script") == script:
+            before = old.get("settings") or {}
+            keys = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
+            why = "; ".join(f"{key} was {before.get(key)}, now {settings.get(key)}" for key in keys)
+            raise ValueError(
+                f"--out: {out} was prepared with other settings ({why}). Name a new folder, or add --overwrite."
+            )
+        raise ValueError(
+            f"--out: {out} holds something else. Name a new folder; with --overwrite {', '.join(products)} in it "
+            "are removed first."
+        )
+    for source in sources:
+        for product in products:
+            if source.resolve().is_relative_to((out / product).resolve()):
+                raise ValueError(f"--out: {out / product} holds the source {source}. Name another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (RECORD, *products):  # without its record the folder is foreign, should we be cut off here
+            path = out / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        with written(out / RECORD) as path:
+            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
+
+
+def _record(out: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def digest(*paths: Path) -> str:
+    """Sixteen digits that tell whether any of the files has changed."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()[:16]
+
+
+def saved_mask(
+    path: Path, num_labels: int, size: tuple[int, int], draw: Callable[[], np.ndarray], source: Path
+) -> tuple[bool, tuple[int, ...]]:
+    """Keep the mask at `path` if it is good, else write what `draw` gives: (whether it was kept, values in it).
+
+    Raises:
+        ValueError: if what is drawn has another size or a foreign value; names the `source` it is drawn from.
+        WriteError: if it cannot be written; names `path`.
+    """
+    mask, kept = None, True
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        mask = read_mask(path, num_labels, size).numpy()
+    if mask is None:
+        mask, kept = draw(), False
+        if mask.dtype.kind not in "ui" or mask.shape != size:
+            raise ValueError(
+                f"{source}: expected integers of {size} (H, W) as its image, got {mask.dtype} {mask.shape}"
+            )
+        if foreign := [int(v) for v in np.unique(mask) if not (0 <= v < num_labels or v == IGNORE)]:
+            raise ValueError(f"{source}: expected values 0..{num_labels - 1} or 255 in the mask, got {foreign[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_label(path, mask)
+        except OSError as error:
+            raise WriteError(f"cannot write {path} ({error.strerror or error}); what is done is kept.") from error
+    return kept, values_of(mask)
+
+
+def values_of(mask: np.ndarray) -> tuple[int, ...]:
+    """The values that occur in a mask, rising."""
+    return tuple(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+
+
+class WriteError(Exception):
+    """A mask could not be written: no fault of one image, so it ends the run."""
+
+
+# Work -------------------------------------------------------------------------------------------------------------
+
+
+def work(
+    function: Callable[[Task], Done], tasks: Sequence[Task], *, workers: int, title: str, console: Console
+) -> list[Done]:
+    """Apply `function` to every task in so many processes, in order; 0 means one a CPU."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    run = partial(_guarded, function)
+    count = min(workers or os.cpu_count() or 1, max(1, len(tasks)))
+    with bar:
+        if count == 1:
+            return list(bar.track(map(run, tasks), total=len(tasks), description=title))
+        # Spawned, not forked: torch and the progress bar have threads by now.
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
+            try:
+                results = pool.map(run, tasks, chunksize=max(1, min(32, len(tasks) // (4 * count))))
+                return list(bar.track(results, total=len(tasks), description=title))
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "--workers: a worker process died, often for want of memory. Lower it; what is done is kept."
+                ) from error
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
+    """A file that cannot be used is a result; a file that cannot be written ends the run."""
+    try:
+        return function(task)
+    except (ValueError, OSError) as error:
+        return Done(getattr(task, "name", str(task)), problem=str(error))
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then cancels the rest
+    torch.set_num_threads(1)
+
+
+# Report -----------------------------------------------------------------------------------------------------------
+
+
+class Summary:
+    """Collects what was built, writes the splits, and says so in one table."""
+
+    def __init__(self, out: Path, classes: Sequence[str], console: Console) -> None:
+        self.out, self.classes, self.console = out, classes, console
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.problems: dict[str, str] = {}
+
+    def add(self, split: str, done: Iterable[Done], official: int | None = None) -> None:
+        """Write a split from its good images; those with broken files are left out and named."""
+        done = list(done)
+        items = [each.item for each in done if each.item is not None]
+        broken = {each.name: each.problem for each in done if each.problem is not None}
+        self.problems |= broken
+        masked = [each for each in done if each.item is not None and each.item.mask is not None]
+        shown = [{value - 1 for value in each.values} - {-1, IGNORE - 1} for each in masked]
+        labels = [None if each.item.labels is None else set(each.item.labels) for each in masked]
+        pairs = [(mask, label) for mask, label in zip(shown, labels, strict=True) if label is not None]
+        seen = Counter(label for item in items for label in item.labels or ())
+        self.rows[split] = {
+            "images": len(items),
+            "official": official,
+            "masks_new": sum(not each.kept for each in masked),
+            "masks_kept": sum(each.kept for each in masked),
+            "no_label": sum(item.labels == () for item in items),
+            "label_unseen": sum(bool(label - mask) for mask, label in pairs),
+            "mask_unlabelled": sum(bool(mask - label) for mask, label in pairs),
+            "broken": len(broken),
+            "images_per_class": {name: seen[k] for k, name in enumerate(self.classes)},
+        }
+        if items:
+            write_split(self.out, split, self.classes, items)
+        else:
+            (self.out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run, when there were some
+
+    def finish(self, script: str, settings: dict[str, Any], notes: Sequence[str] = ()) -> int:
+        """Print the table and the problems, complete the record; 1 if an image was left out, else 0."""
+        table = Table("", *self.rows, title=f"{script}: {self.out}")
+        for key, head in ROWS.items():
+            cells = [row[key] for row in self.rows.values()]
+            if any(cell is not None for cell in cells):
+                shown = ["-" if cell is None else f"{cell:,}" for cell in cells]
+                table.add_row(head, *shown, style="red" if key == "broken" and any(cells) else None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        self.console.print(table)
+        notes = list(notes)
+        for split, row in self.rows.items():
+            if row["official"] not in (None, row["images"]):
+                notes.append(f"{split}: {row['images']:,} images, the official data has {row['official']:,}.")
+            none = [name for name, count in row["images_per_class"].items() if not count]
+            if none and any(row["images_per_class"].values()):
+                notes.append(f"{split}: no image shows {', '.join(none)}.")
+        for name, problem in list(self.problems.items())[:SHOWN]:
+            notes.append(f"left out: {name}: {problem}")
+        if len(self.problems) > SHOWN:
+            notes.append(f"left out: {len(self.problems) - SHOWN} more, all in {self.out / RECORD}.")
+        for note in notes:
+            self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
+        record = {"script": script, "settings": settings, "report": self.rows, "left_out": self.problems}
+        with written(self.out / RECORD) as path:
+            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.console.print(f"wrote {', '.join(f'{split}.json' for split in self.rows)} in {self.out}", soft_wrap=True)
+        return 1 if self.problems else 0
+
+
+def command(name: str, settings: type[Any], run: Callable[[Any, Console], int], description: str | None) -> int:
+    """Run a script from the command line: 0 all good, 1 images left out, 2 refused, 130 interrupted."""
+    try:
+        return run(tyro.cli(settings, description=description), Console())
+    except (ValueError, OSError, WriteError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what is done is kept, the same command goes on.", file=sys.stderr)
+        return 130
