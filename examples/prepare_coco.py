@@ -236,5 +236,10 @@ def run(settings: Settings, console: Console) -> int:
     return summary.finish("prepare_coco", used, notes)
 
 
+def main() -> int:
+    """Run from the command line."""
+    return command("prepare_coco", Settings, run, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(command("prepare_coco", Settings, run, __doc__))
+    sys.exit(main())

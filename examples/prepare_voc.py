@@ -156,5 +156,10 @@ def run(settings: Settings, console: Console) -> int:
     return summary.finish("prepare_voc", used, notes)
 
 
+def main() -> int:
+    """Run from the command line."""
+    return command("prepare_voc", Settings, run, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(command("prepare_voc", Settings, run, __doc__))
+    sys.exit(main())
