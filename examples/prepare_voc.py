@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 try:
     import numpy as np
-    from recipe.data import IGNORE, Item, decoding, read_image
-    from recipe.engine import written
+    from recipe.data import IGNORE, Item, decoding, read_image, write_text
     from recipe.prepare import Done, Summary, claim, command, digest, saved_mask, work
     from rich.console import Console
     from scipy.io import loadmat
@@ -138,8 +137,7 @@ def run(settings: Settings, console: Console) -> int:
         settings.out, "prepare_voc", used, products=PRODUCTS, sources=[voc, sbd, *sources], overwrite=settings.overwrite
     )
     for split, names in splits.items():
-        with written(settings.out / "lists" / f"{LISTS[split]}.txt") as path:
-            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        write_text(settings.out / "lists" / f"{LISTS[split]}.txt", "".join(f"{name}\n" for name in names))
     own = {*train, *val}
     masks = settings.out.absolute() / MASKS
     tasks = [Task(name, voc, sbd, masks / f"{name}.png", name in own) for name in sorted({*splits["train"], *own})]

@@ -11,6 +11,7 @@ and 255 where a pixel is not scored.
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,9 +123,17 @@ def write_split(folder: Path, split: str, classes: Sequence[str], items: Sequenc
     ]
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     text = f'{{"classes": {json.dumps(list(classes), ensure_ascii=False)},\n"items": [\n{lines}\n]}}\n'
-    with written(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; an error names it."""
+    try:
+        with written(path) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _item(folder: Path, entry: dict[str, Any]) -> Item:
@@ -136,7 +145,7 @@ def _item(folder: Path, entry: dict[str, Any]) -> Item:
 def _check_split(owner: str, classes: Any, items: Sequence[Item]) -> None:
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) and name for name in classes):
         raise ValueError(f"{owner}: expected the classes as a list of names, got {classes!r}.")
-    if twice := [name for name in dict.fromkeys(classes) if classes.count(name) > 1]:
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise ValueError(f"{owner}: the class {twice[0]!r} is listed twice. Name every class once.")
     if not items:
         raise ValueError(f"{owner}: there is no image to list.")

@@ -24,8 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ffr.draw import save_label
-from recipe.data import IGNORE, Item, read_mask, write_split
-from recipe.engine import written
+from recipe.data import IGNORE, Item, read_mask, write_split, write_text
 
 RECORD = "prepare.json"
 ROWS = {
@@ -104,8 +103,7 @@ def claim(
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        with written(out / RECORD) as path:
-            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+        write_text(out / RECORD, json.dumps(mine, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
 
@@ -272,8 +270,7 @@ class Summary:
         for note in notes:
             self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
         record = {"script": script, "settings": settings, "report": self.rows, "left_out": self.problems}
-        with written(self.out / RECORD) as path:
-            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(self.out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         self.console.print(f"wrote {', '.join(f'{split}.json' for split in self.rows)} in {self.out}", soft_wrap=True)
         return 1 if self.problems else 0
 

@@ -1,0 +1,423 @@
+"""Prepared folders, files of every kind, and sampling by number."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from recipe.data import (
+    EvalImages,
+    Item,
+    Split,
+    TrainImages,
+    collate,
+    read_image,
+    read_mask,
+    read_split,
+    samples,
+    write_split,
+)
+from torch.utils.data import DataLoader
+
+from ffr.draw import save_label
+
+CLASSES = ("cat", "dog", "Käse")
+SIZES = [(40, 52), (52, 40), (33, 33), (7, 90), (64, 48)]  # H x W
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five noisy photographs with masks and labels, listed as train and val."""
+    root, rng, items = tmp_path_factory.mktemp("prepared"), np.random.default_rng(0), []
+    (root / "sub").mkdir()
+    for i, size in enumerate(SIZES):
+        name = f"sub/ph oto.{i} é"
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / f"{name}.png")
+        mask = np.full(size, i % 4, np.uint8)
+        mask[0] = 255
+        save_label(root / f"{i}.png", mask)
+        items.append(Item(name, root / f"{name}.png", root / f"{i}.png", tuple(range(i % 4))))
+    write_split(root, "train", CLASSES, items)
+    write_split(root, "val", CLASSES, [items[0], items[1]._replace(mask=None, labels=None)])
+    return root
+
+
+def unread(count, classes=3):
+    """A split whose files nobody opens."""
+    items = (Item(str(i), Path(f"{i}.png"), None, (i % classes,)) for i in range(count))
+    return Split(tuple("abcdefgh"[:classes]), tuple(items))
+
+
+# Prepared folders -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_back(folder):
+    split = read_split(folder, "train")
+    assert split.classes == CLASSES and len(split.items) == 5
+    assert split.items[2] == Item("sub/ph oto.2 é", folder / "sub/ph oto.2 é.png", folder / "2.png", (0, 1))
+    assert read_split(folder, "val").items[1][2:] == (None, None)
+
+
+def test_a_prepared_folder_can_be_moved(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "moved")
+    assert all(item.image.is_relative_to(tmp_path) for item in read_split(tmp_path / "moved", "train").items)
+
+
+def test_files_elsewhere_are_listed_by_their_absolute_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    path = write_split(tmp_path, "train", CLASSES, [Item("x", Path("sub/ph oto.0 é.png"), None, ())])
+    assert json.loads(path.read_text(encoding="utf-8"))["items"][0]["image"] == str(folder / "sub/ph oto.0 é.png")
+    assert read_split(tmp_path, "train").items[0].labels == ()
+
+
+GOOD = {"name": "x", "image": "sub/ph oto.0 é.png", "mask": None, "labels": [0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"expected JSON with \"classes\" and \"items\" in .*odd\.json"),
+        ({"classes": ["a"]}, r"odd\.json \('items'\)"),
+        ({"classes": ["a"], "items": []}, r"odd\.json lists no image"),
+        ({"classes": [], "items": [GOOD]}, r"odd\.json: expected the classes as a list of names, got \[\]"),
+        ({"classes": ["a", "a"], "items": [GOOD]}, r"odd\.json: the class 'a' is listed twice"),
+        ({"classes": ["a"], "items": [GOOD, GOOD]}, r"odd\.json: the name 'x' is listed twice"),
+        ({"classes": ["a"], "items": [{"name": "x"}]}, r"item 0 of .*odd\.json is no entry \(KeyError\('image'\)\)"),
+        ({"classes": ["a"], "items": [GOOD, 3]}, r"item 1 of .*odd\.json is no entry"),
+        ({"classes": ["a"], "items": [GOOD | {"labels": [1]}]}, r"odd\.json: expected labels in 0\.\.0 for 'x', got 1"),
+        ({"classes": ["a"], "items": [GOOD | {"labels": ["a"]}]}, r"expected labels in 0\.\.0 for 'x', got 'a'"),
+        ({"classes": ["a"], "items": [GOOD | {"labels": [0, 0]}]}, r"a label of 'x' is listed twice"),
+        ({"classes": ["a"], "items": [GOOD | {"name": "../x"}]}, r"'\.\./x' is no name of an image"),
+        ({"classes": ["a"], "items": [GOOD | {"name": "/x"}]}, r"'/x' is no name of an image"),
+        ({"classes": ["a"], "items": [GOOD | {"name": " "}]}, r"' ' is no name of an image"),
+        ({"classes": ["a"], "items": [GOOD | {"image": "no.png"}]}, r"image of 'x' in .* is missing: .*no\.png"),
+        ({"classes": ["a"], "items": [GOOD | {"mask": "no.png"}]}, r"mask of 'x' in .* is missing: .*no\.png"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_refused_by_file_and_entry(text, message, folder):
+    (folder / "odd.json").write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_split(folder, "odd")
+    (folder / "odd.json").unlink()
+
+
+def test_a_missing_split_names_those_that_are_there(folder):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*test\.json; splits found: train, val"):
+        read_split(folder, "test")
+
+
+def test_a_failing_write_keeps_the_list_that_was_there(folder, monkeypatch):
+    before = (folder / "val.json").read_bytes()
+
+    def full(path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*val\.json'"):
+        write_split(folder, "val", CLASSES, read_split(folder, "train").items)
+    assert (folder / "val.json").read_bytes() == before and not list(folder.glob(".*"))
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+RGB = np.random.default_rng(1).integers(0, 256, (6, 9, 3), np.uint8)
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), RGB)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_grey_becomes_rgb(bits, tmp_path):
+    grey = RGB[..., 0]
+    Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 256 + 77).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png").numpy(), np.stack([grey] * 3))
+
+
+def test_black_and_white_becomes_rgb(tmp_path):
+    Image.fromarray(RGB[..., 0] > 99).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png")[1].numpy(), 255 * (RGB[..., 0] > 99))
+
+
+def test_a_palette_is_looked_up(tmp_path):
+    save_label(tmp_path / "a.png", np.full((2, 3), 15))
+    assert read_image(tmp_path / "a.png")[:, 1, 2].tolist() == [192, 128, 128]
+
+
+def test_what_is_transparent_shows_white(tmp_path):
+    alpha = np.full((6, 9, 1), 255, np.uint8)
+    alpha[:3] = 0
+    Image.fromarray(np.concatenate([RGB, alpha], 2)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png").permute(1, 2, 0).numpy()
+    assert (image[:3] == 255).all() and np.array_equal(image[3:], RGB[3:])
+    Image.fromarray(np.concatenate([RGB[..., :1], alpha], 2)).save(tmp_path / "b.png")
+    assert (read_image(tmp_path / "b.png").permute(1, 2, 0).numpy()[:3] == 255).all()
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("RGB", (8, 8), (200, 30, 90)).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    assert (read_image(tmp_path / "a.jpg")[:, 4, 4].int() - torch.tensor([200, 30, 90])).abs().max() <= 3
+
+
+@pytest.mark.parametrize(("orientation", "turns", "mirrored"), [(1, 0, False), (3, 2, False), (6, 3, False), (8, 1, False), (2, 0, True)])  # fmt: skip # noqa: E501
+def test_exif_orientation_is_obeyed(orientation, turns, mirrored, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
+    expected = np.rot90(RGB[:, ::-1] if mirrored else RGB, turns)
+    assert np.array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), expected)
+
+
+def hurt(path, kind):
+    """A file that is broken in one of the ways that happen."""
+    if kind == "truncated":
+        Image.effect_noise((90, 80), 60).convert("RGB").save(path)
+        path.write_bytes(path.read_bytes()[:-300])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("<html>404</html>")
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "folder"])
+def test_a_broken_file_is_named(kind, suffix, tmp_path):
+    path = hurt(tmp_path / f"photo.{suffix}", kind)
+    with pytest.raises(ValueError, match=rf"read_image: cannot read .*photo\.{suffix}: .+"):
+        read_image(path)
+    with pytest.raises(ValueError, match=rf"read_mask: cannot read .*photo\.{suffix}: .+"):
+        read_mask(path, 3)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"read_image: there is no file .*no\.jpg"):
+        read_image(tmp_path / "no.jpg")
+    with pytest.raises(FileNotFoundError, match=r"read_mask: there is no file .*no\.png"):
+        read_mask(tmp_path / "no.png", 3)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("F", 0.5)])
+def test_values_of_unknown_range_are_refused(mode, value, tmp_path):
+    Image.new(mode, (4, 4), value).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif: its values .*; save it with 8 bits"):
+        read_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_masks_are_indexed_or_grey(mode, tmp_path):
+    mask = np.array([[0, 1, 2], [3, 255, 0]], np.uint8)
+    if mode == "P":
+        save_label(tmp_path / "m.png", mask)
+    else:
+        Image.fromarray(mask).save(tmp_path / "m.png")
+    read = read_mask(tmp_path / "m.png", 4, (2, 3))
+    assert read.dtype == torch.uint8 and np.array_equal(read.numpy(), mask)
+    with pytest.raises(ValueError, match=r"expected values 0\.\.2 or 255, got 3 in .*m\.png"):
+        read_mask(tmp_path / "m.png", 3)
+
+
+def test_a_foreign_value_is_named(tmp_path):
+    save_label(tmp_path / "m.png", np.array([[0, 137, 200, 255]]))
+    with pytest.raises(ValueError, match=r"read_mask: expected values 0\.\.20 or 255, got 137, 200 in .*m\.png"):
+        read_mask(tmp_path / "m.png", 21)
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+    save_label(tmp_path / "m.png", np.zeros((3, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"expected 4 x 3 pixels \(H x W\) as its image, got 3 x 4 in .*m\.png"):
+        read_mask(tmp_path / "m.png", 3, (4, 3))
+
+
+def test_colours_are_no_labels(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match=r"cannot read .*m\.png: .*expected an indexed or 8-bit grey PNG.*RGB"):
+        read_mask(tmp_path / "m.png", 21)
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 3))
+def test_an_epoch_visits_every_image_exactly_once(count, seed, epoch):
+    images = TrainImages(unread(count), seed=seed)
+    names = [images.item(n).name for n in range(epoch * count, (epoch + 1) * count)]
+    assert sorted(names, key=int) == [str(i) for i in range(count)]
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    orders = {
+        tuple(TrainImages(unread(30), seed=seed).item(epoch * 30 + i).name for i in range(30))
+        for seed in range(3)
+        for epoch in range(4)
+    }
+    assert len(orders) == 12
+
+
+def test_a_sample_depends_on_seed_and_number_alone(folder):
+    split, numbers = read_split(folder, "train"), [0, 7, 3, 23, 4, 1]
+    images = TrainImages(split, crop=24, seed=5)
+    first = {n: images[n] for n in numbers}
+    again = TrainImages(split, crop=24, seed=5)
+    for n in reversed(numbers):
+        torch.rand(n)  # whatever else draws random numbers
+        assert all(torch.equal(a, b) for a, b in zip(first[n], again[n], strict=True))
+    other = TrainImages(split, crop=24, seed=6)
+    assert not any(torch.equal(first[n][0], other[n][0]) for n in numbers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_samples(workers, folder):
+    images = TrainImages(read_split(folder, "train"), crop=24, seed=5)
+    batches = [samples(step, 4, 0, 1) for step in range(3)]
+    for (loaded, labels), numbers in zip(DataLoader(images, batch_sampler=batches, num_workers=workers), batches, strict=True):  # fmt: skip # noqa: E501
+        assert torch.equal(loaded, torch.stack([images[n][0] for n in numbers]))
+        assert torch.equal(labels, torch.stack([images[n][1] for n in numbers]))
+
+
+def test_two_visits_of_an_image_differ(folder):
+    images = TrainImages(read_split(folder, "train"), crop=24)
+    visits = [n for n in range(20) if images.item(n).name == images.item(0).name]
+    assert len(visits) == 4
+    crops = [images[n][0] for n in visits]
+    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+
+
+def test_no_random_state_but_its_own_is_touched(folder):
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    images, before = TrainImages(read_split(folder, "train"), crop=24), state()
+    crops = [images[n] for n in range(4)]
+    assert state() == before and len(crops) == 4
+    with pytest.raises(IndexError):
+        images[-1]
+    assert state() == before
+
+
+def test_crops_have_their_size_and_keep_the_labels_of_their_image(folder):
+    images = TrainImages(read_split(folder, "train"), crop=24)
+    for n in range(15):
+        crop, labels = images[n]
+        assert (crop.shape, crop.dtype) == ((3, 24, 24), torch.uint8)
+        assert labels.dtype == torch.float32
+        assert tuple(labels.nonzero().flatten().tolist()) == images.item(n).labels
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_without_crop_and_colour_the_image_is_itself_or_its_mirror(flip, folder):
+    square = tuple(item for item in read_split(folder, "train").items if item.name.startswith("sub/ph oto.2"))
+    images = TrainImages(Split(CLASSES, square), crop=33, scale=(1.0, 1.0), flip=flip, jitter=0.0)
+    source = read_image(square[0].image)
+    for n in range(5):  # a blur, or a normalisation, would show
+        assert torch.equal(images[n][0], source.flip(-1) if flip else source)
+
+
+def test_flips_and_colours_come_half_of_the_time(folder):
+    split = Split(CLASSES, read_split(folder, "train").items[2:3])
+    source = read_image(split.items[0].image)
+    plain = TrainImages(split, crop=33, scale=(1.0, 1.0), jitter=0.0)
+    mirrored = sum(torch.equal(plain[n][0], source.flip(-1)) for n in range(100))
+    coloured = TrainImages(split, crop=33, scale=(1.0, 1.0), flip=0.0)
+    kept = sum(torch.equal(coloured[n][0], source) for n in range(100))
+    assert 30 < mirrored < 70 and 30 < kept < 70
+
+
+def test_a_crop_covers_the_asked_share_of_the_image(tmp_path):
+    ramp = np.broadcast_to(np.arange(250, dtype=np.uint8)[:, None, None], (250, 250, 3))  # a row knows its height
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    split = Split(("a",), (Item("a", tmp_path / "a.png", None, ()),))
+    images = TrainImages(split, crop=50, scale=(0.32, 0.5), jitter=0.0)
+    heights = [(int(images[n][0].max()) - int(images[n][0].min()) + 1) / 250 for n in range(60)]
+    low, high = (0.32 * 0.75) ** 0.5, (0.5 / 0.75) ** 0.5  # aspect ratios from 3/4 to 4/3
+    assert low - 0.02 < min(heights) < 0.55 and 0.7 < max(heights) < high + 0.02
+
+
+def test_a_broken_image_is_named_when_its_turn_comes(tmp_path):
+    item = Item("a", hurt(tmp_path / "a.jpg", "truncated"), None, (0,))
+    with pytest.raises(ValueError, match=r"cannot read .*a\.jpg: image file is truncated"):
+        TrainImages(Split(("x",), (item,)))[3]
+
+
+def test_training_without_labels_is_refused(folder):
+    with pytest.raises(ValueError, match=r"TrainImages: 'sub/ph oto\.1 é' has no labels"):
+        TrainImages(read_split(folder, "val"))
+
+
+@pytest.mark.parametrize("arguments", [{"scale": (0.0, 1.0)}, {"scale": (0.5, 0.4)}, {"scale": (0.5, 1.1)}, {"crop": 0}, {"seed": -1}])  # fmt: skip # noqa: E501
+def test_unusable_arguments_are_refused_by_name(arguments):
+    with pytest.raises(ValueError, match=rf"TrainImages: expected .*`{next(iter(arguments))}`"):
+        TrainImages(unread(3), **arguments)
+
+
+@given(st.integers(0, 50), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_ranks_share_a_step_and_parts_are_the_same_for_any_number_of_them(step, ranks, accumulate, share):
+    size = ranks * accumulate * share
+    mine = [samples(step, size, rank, ranks, accumulate) for rank in range(ranks)]
+    assert sorted(n for numbers in mine for n in numbers) == list(range(step * size, (step + 1) * size))
+    alone = samples(step, size, 0, 1, accumulate)
+    for part in range(accumulate):
+        together = [n for numbers in mine for n in numbers[part * share : (part + 1) * share]]
+        assert sorted(together) == alone[part * share * ranks : (part + 1) * share * ranks]
+
+
+def test_a_rank_gets_its_own_numbers():
+    assert samples(2, 8, 1, 2, accumulate=2) == [18, 19, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 8, 0, 3), r"`batch_size` \(global\) to be a multiple of ranks x accumulate = 3 x 1, got 8"),
+        ((0, 8, 0, 2, 3), r"= 2 x 3, got 8"),
+        ((0, 8, 2, 2), r"rank=2, world_size=2"),
+        ((-1, 8, 0, 2), r"step=-1"),
+        ((0, 0, 0, 1), r"batch_size=0"),
+    ],
+)
+def test_a_batch_that_ranks_cannot_share_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        samples(*arguments)
+
+
+# Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_shows_images_as_they_are(folder):
+    split = read_split(folder, "train")
+    for item, size, example in zip(split.items, SIZES, EvalImages(split), strict=False):
+        assert example.name == item.name and example.image.shape == (3, *size) and example.mask.shape == size
+        assert torch.equal(example.image, read_image(item.image))
+        assert tuple(example.labels.nonzero().flatten().tolist()) == item.labels and example.labels.shape == (3,)
+    assert len(EvalImages(split)) == 5
+
+
+def test_what_is_unknown_is_none(folder):
+    examples = list(DataLoader(EvalImages(read_split(folder, "val")), collate_fn=collate, batch_size=1))
+    assert examples[0].mask is not None and examples[0].labels is not None
+    assert examples[1].mask is None and examples[1].labels is None and examples[1].image.ndim == 3
+
+
+def test_examples_are_not_stacked(folder):
+    with pytest.raises(ValueError, match=r"collate: expected batches of 1 image, got 2"):
+        collate([EvalImages(read_split(folder, "val"))[0]] * 2)
+
+
+def test_evaluation_names_a_mask_that_does_not_fit(folder):
+    items = read_split(folder, "train").items
+    swapped = Split(CLASSES, (items[0]._replace(mask=items[1].mask),))
+    with pytest.raises(ValueError, match=re.escape(str(items[1].mask))):
+        EvalImages(swapped)[0]
