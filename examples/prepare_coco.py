@@ -95,7 +95,7 @@ def read_annotations(path: Path) -> Annotations:
         raw = json.loads(path.read_text(encoding="utf-8"))
         categories = {int(each["id"]): str(each["name"]) for each in sorted(raw["categories"], key=lambda c: c["id"])}
         images = sorted(raw["images"], key=lambda each: each["file_name"])
-        known = {each["id"] for each in images}
+        known = {each["id"] for each in images if int(each["height"]) > 0 and int(each["width"]) > 0}
         instances = defaultdict(list)
         for each in raw["annotations"]:
             if each["category_id"] not in categories:
@@ -104,7 +104,7 @@ def read_annotations(path: Path) -> Annotations:
                 raise ValueError(f"annotation {each['id']} is of the unknown image {each['image_id']}")
             instances[each["image_id"]].append(each)
         if not categories or not images or len(known) < len(images):
-            raise ValueError("it lists no category, no image, or an image twice")
+            raise ValueError("it lists no category, no image, an image twice, or one without pixels")
         if len(categories) > 254:
             raise ValueError(f"it has {len(categories)} classes, and an indexed PNG holds 254 at most")
         return Annotations(categories, images, instances)

@@ -93,10 +93,10 @@ def labels_of(annotation: Path) -> tuple[int, ...]:
 
 def label_map(path: Path) -> np.ndarray:
     """The label map in a PNG of VOC, or GTcls.Segmentation of a file of SBD."""
-    with decoding("label_map", path):
+    with decoding("label_map", path), path.open("rb") as file:
         if path.suffix == ".png":
             return load_label(path)
-        return np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
+        return np.asarray(loadmat(file, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
 
 
 def make(task: Task) -> Done:

@@ -82,7 +82,7 @@ def read_split(folder: Path, split: str) -> Split:
     for number, entry in enumerate(entries):
         try:
             items.append(_item(Path(folder), entry))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"read_split: item {number} of {path} is no entry ({error!r}). Prepare it again."
             ) from error

@@ -75,8 +75,9 @@ def claim(
     mine = {"script": script, "settings": settings}
     old = _record(out)
     if not overwrite and old is not None and {key: old.get(key) for key in mine} == mine:
-        for part in out.rglob(".*.part"):  # what a killed run was writing
-            part.unlink()
+        for part in out.rglob(".*"):  # what a killed run was writing
+            if part.suffix in (".part", ".json", ".txt"):
+                part.unlink()
         return
     full = out.is_dir() and any(out.iterdir())
     if full and not overwrite:
