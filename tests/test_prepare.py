@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -277,7 +279,7 @@ def test_an_output_without_permission_is_refused(voc, monkeypatch, capsys):
 
 FLOATS = np.ones((9, 7))
 HURT_VOC = {
-    "truncated image": ("voc/JPEGImages/d.jpg", lambda p: p.write_bytes(p.read_bytes()[:99]), r"d\.jpg: .*[Tt]runcated"),
+    "truncated image": ("voc/JPEGImages/d.jpg", lambda p: p.write_bytes(p.read_bytes()[:99]), r"d\.jpg: .*runcated"),
     "zero-byte image": ("voc/JPEGImages/d.jpg", lambda p: p.write_bytes(b""), r"cannot read .*d\.jpg"),
     "missing image": ("voc/JPEGImages/d.jpg", Path.unlink, r"there is no file .*d\.jpg"),
     "zero-byte mask": ("voc/SegmentationClass/a.png", lambda p: p.write_bytes(b""), r"cannot read .*a\.png"),
@@ -608,6 +610,12 @@ def test_real_coco_annotations_are_painted_pixel_for_pixel(tmp_path, monkeypatch
     for split in ("train", "val"):
         differing, compared = differing_pixels(root, tmp_path / "out", split, year)
         assert differing == 0 and compared > 0
+
+
+def test_without_pycocotools_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(SystemExit, match=r"prepare_coco needs pycocotools: run pip install -e '\.\[examples\]'"):
+        runpy.run_path(prepare_coco.__file__)
 
 
 # A folder ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -248,7 +249,7 @@ class Summary:
 
     def finish(self, script: str, settings: dict[str, Any], notes: Sequence[str] = ()) -> int:
         """Print the table and the problems, complete the record; 1 if an image was left out, else 0."""
-        table = Table("", *self.rows, title=f"{script}: {self.out}")
+        table = Table("", *self.rows, title=escape(f"{script}: {self.out}"))
         for key, head in ROWS.items():
             cells = [row[key] for row in self.rows.values()]
             if any(cell is not None for cell in cells):
@@ -272,7 +273,9 @@ class Summary:
             self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
         record = {"script": script, "settings": settings, "report": self.rows, "left_out": self.problems}
         write_text(self.out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        self.console.print(f"wrote {', '.join(f'{split}.json' for split in self.rows)} in {self.out}", soft_wrap=True)
+        self.console.print(
+            f"wrote {', '.join(f'{split}.json' for split in self.rows)} in {self.out}", soft_wrap=True, markup=False
+        )
         return 1 if self.problems else 0
 
 
