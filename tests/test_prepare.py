@@ -310,6 +310,13 @@ def test_an_image_with_a_hurt_file_is_left_out_and_named(kind, voc, monkeypatch,
     assert list(record["left_out"]) == [path.stem] and record["report"]["train"]["broken"] == 1
 
 
+def test_a_split_without_a_good_image_is_not_written(voc, monkeypatch, capsys):
+    (voc["voc"] / "JPEGImages/f.jpg").unlink()
+    assert run(monkeypatch, prepare_voc, **voc) == 1
+    assert "wrote train.json, voc_train.json, val.json in" in one_line(capsys.readouterr().out)
+    assert not (voc["out"] / "test.json").exists()
+
+
 def test_a_mended_file_is_taken_up_by_the_next_run(voc, monkeypatch):
     path = voc["voc"] / "JPEGImages/d.jpg"
     whole = path.read_bytes()

@@ -273,9 +273,8 @@ class Summary:
             self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
         record = {"script": script, "settings": settings, "report": self.rows, "left_out": self.problems}
         write_text(self.out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        self.console.print(
-            f"wrote {', '.join(f'{split}.json' for split in self.rows)} in {self.out}", soft_wrap=True, markup=False
-        )
+        lists = ", ".join(f"{split}.json" for split, row in self.rows.items() if row["images"])
+        self.console.print(f"wrote {lists or 'no list'} in {self.out}", soft_wrap=True, markup=False)
         return 1 if self.problems else 0
 
 
