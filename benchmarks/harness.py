@@ -1,0 +1,173 @@
+"""How every benchmark here measures: interleaved rounds, ratios, peak memory, and where it ran. See README.md."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+import ffr
+
+RESULTS = Path(__file__).parent / "results"
+Function = Callable[[], object]
+
+
+class Ratio(NamedTuple):
+    """Median of the per-round ratios, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def measure(
+    functions: Mapping[str, Function], *, rounds: int = 15, warmup: int = 2, seconds: float = 0.02, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, one figure a round; within a round the functions take turns, A B C A B C.
+
+    A function that is quicker than `seconds` is called several times a round. On a GPU events time a call on the
+    device, and the host waits for it before and after.
+    """
+    inner = {}
+    for name, function in functions.items():
+        for _ in range(max(warmup, 1)):
+            function()
+        inner[name] = max(1, int(seconds / max(_once(function, 1, device), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_once(function, inner[name], device))
+    return times
+
+
+def _once(function: Function, calls: int, device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - begin) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
+
+
+def ratio(times: Mapping[str, Sequence[float]], slow: str, fast: str) -> Ratio:
+    """How many times the time of `fast` the time of `slow` is; round by round, so that a busy moment hits both."""
+    return spread([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
+def spread(values: Sequence[float]) -> Ratio:
+    """Median and quartiles."""
+    if len(values) < 2:
+        return Ratio(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+def peak_bytes(function: Function, device: str = "cpu") -> int:
+    """Peak of torch's allocator during one call, above what lay there before; what the call returns is included."""
+    function()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = function()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        kept = function()
+    events = watched.profiler.kineto_results.events()
+    level = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        level += size
+        peak = max(peak, level)
+    del kept
+    return peak
+
+
+def metadata(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a benchmark ran."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": name_of(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ffr": ffr.__version__,
+        "commit": _commit(),
+    }
+
+
+def name_of(device: str) -> str:
+    """The processor's or GPU's own name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def save(
+    subject: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    out: Path | None = None,
+) -> Path:
+    """Write ``results/DATE-device-subject.json``, or `out`; a result that is there is never overwritten."""
+    about = metadata(device)
+    kind = "cpu" if device == "cpu" else name_of(device).lower().replace(" ", "-")
+    path = out or RESULTS / f"{about['date'][:10]}-{kind}-{subject}.json"
+    if path.exists():
+        raise FileExistsError(f"{path} is there, and results are never edited. Name another file with --out.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"subject": subject, "machine": about, "settings": dict(settings), "rows": list(rows)}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> None:
+    """Print rows; the first column names them. Notes say how it was measured."""
+    shown = Table(title=title)
+    for position, column in enumerate(columns):
+        shown.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        shown.add_row(*("-" if cell is None else str(cell) for cell in row))
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(shown)
+    for note in notes:
+        console.print(f"- {note}", soft_wrap=True)
