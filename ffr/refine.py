@@ -1,8 +1,8 @@
 """From CAM and image to a pseudo label: pixel-adaptive refinement."""
 
 import math
+import statistics
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class PixelAdaptiveRefinement(nn.Module):
 
     over the 8 neighbours j at every dilation, edges replicated; :math:`s_i` is the unbiased standard deviation of a
     channel over those neighbours, :math:`k^\text{pos}` the same on distances. The weights sum to 1.01, so scores
-    grow by that factor each iteration and their order does not care.
+    grow by that factor each iteration and their order does not care. Gradients flow through the scores alone.
 
     Args:
         dilations: distances of the neighbours in pixels, each >= 1.
@@ -50,6 +50,7 @@ class PixelAdaptiveRefinement(nn.Module):
             _check.within(owner, at_least=1, dilations=dilation)
         _check.within(owner, iterations=iterations)
         self.dilations, self.iterations = tuple(dilations), iterations
+        self._near = _position_weights(dilations)
 
     def forward(self, images: Tensor, scores: Tensor) -> Tensor:
         """Refine the scores.
@@ -65,8 +66,8 @@ class PixelAdaptiveRefinement(nn.Module):
         _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
         _check.floating(owner, scores=scores)
         with torch.autocast(scores.device.type, enabled=False):
-            weights = self.affinity(images)
-            refined: Tensor = scores.to(torch.promote_types(scores.dtype, weights.dtype))
+            weights = self._weights(images)
+            refined: Tensor = scores.to(torch.promote_types(scores.dtype, weights[0].dtype))
             for _ in range(self.iterations):
                 refined = self._spread(refined, weights)
             result: Tensor = refined.to(scores.dtype)
@@ -75,21 +76,32 @@ class PixelAdaptiveRefinement(nn.Module):
     def affinity(self, images: Tensor) -> Tensor:
         """Weights of the neighbours, ``(B, 8 * len(dilations), H, W)``, at least float32; they sum to 1.01."""
         _check.bind("PixelAdaptiveRefinement.affinity", images=(images, "B 3 H W"))
+        return torch.cat(self._weights(images), 1)
+
+    @torch.no_grad()
+    def _weights(self, images: Tensor) -> list[Tensor]:
+        """One plane (B, 1, H, W) a neighbour: nothing 48 times the size of an image is ever copied."""
         pixels = to_float(images)
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         neighbours = self._shifts(pixels)
-        count = len(neighbours)
         mean = torch.zeros_like(pixels)
         for neighbour in neighbours:
-            mean = mean + neighbour
-        mean = mean / count
+            mean += neighbour
+        mean /= len(neighbours)
         variance = torch.zeros_like(pixels)
         for neighbour in neighbours:
-            variance = torch.addcmul(variance, neighbour - mean, neighbour - mean)
+            variance.addcmul_(neighbour - mean, neighbour - mean)
         # The floor keeps a flat patch around an odd pixel finite: all its neighbours then weigh the same.
-        scale = 1 / (0.3 * ((variance / (count - 1)).sqrt() + 1e-8))
-        alike = torch.stack([-((n - pixels) * scale).square().mean(1) for n in neighbours], 1)
-        weights: Tensor = alike.softmax(1) + _position_weights(self.dilations, pixels.dtype, pixels.device)
+        scale = 1 / (0.3 * ((variance / (len(neighbours) - 1)).sqrt() + 1e-8))
+        weights = [((n - pixels) * scale).square().mean(1, keepdim=True).neg_() for n in neighbours]
+        best = weights[0]
+        for alike in weights[1:]:
+            best = torch.maximum(best, alike)
+        total = torch.zeros_like(best)
+        for alike in weights:
+            total += alike.sub_(best).exp_()
+        for alike, constant in zip(weights, self._near, strict=True):
+            alike.div_(total).add_(constant)
         return weights
 
     def extra_repr(self) -> str:
@@ -98,34 +110,29 @@ class PixelAdaptiveRefinement(nn.Module):
 
     def _shifts(self, maps: Tensor) -> list[Tensor]:
         """Views of the neighbours: padded once, never gathered into (B, C, 48, H, W)."""
-        height, width = maps.shape[2:]
         reach = max(self.dilations)
-        padded = F.pad(maps, [reach] * 4, mode="replicate")
+        padded = F.pad(maps, [reach] * 4, mode="replicate").contiguous()
+        # Strided views of one buffer, not slices: a compiler would otherwise compute the padding 48 times over.
+        first, row = padded.storage_offset(), padded.stride(2)
         return [
-            padded[:, :, reach + d * dy : reach + d * dy + height, reach + d * dx : reach + d * dx + width]
+            padded.as_strided(maps.shape, padded.stride(), first + (reach + d * dy) * row + reach + d * dx)
             for d in self.dilations
             for dy, dx in RING
         ]
 
-    def _spread(self, scores: Tensor, weights: Tensor) -> Tensor:
+    def _spread(self, scores: Tensor, weights: list[Tensor]) -> Tensor:
         total = torch.zeros_like(scores)
-        for weight, neighbour in zip(weights.unbind(1), self._shifts(scores), strict=True):
-            total = torch.addcmul(total, weight[:, None], neighbour)
+        for weight, neighbour in zip(weights, self._shifts(scores), strict=True):
+            total.addcmul_(weight, neighbour)
         return total
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph holds the 48 numbers, not their computation
-def _position_weights(dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _cached_position_weights(dilations, dtype, device)
-
-
-@lru_cache(maxsize=16)
-def _cached_position_weights(dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0.01 softmax(k_pos) of the neighbours, (8 * len(dilations), 1, 1); the same for every pixel and image."""
-    with torch.inference_mode(False):  # a cached inference tensor would break later training
-        distance = torch.tensor([d * math.hypot(dy, dx) for d in dilations for dy, dx in RING], dtype=torch.float64)
-        alike = -((distance / (0.3 * (distance.std() + 1e-8))) ** 2)
-        return (0.01 * alike.softmax(0))[:, None, None].to(device, dtype)
+def _position_weights(dilations: Sequence[int]) -> tuple[float, ...]:
+    """0.01 softmax(k_pos) of the neighbours; the same for every pixel and image."""
+    distances = [d * math.hypot(dy, dx) for d in dilations for dy, dx in RING]
+    scale = 0.3 * statistics.stdev(distances)
+    alike = [math.exp(-((distance / scale) ** 2)) for distance in distances]
+    return tuple(0.01 * one / math.fsum(alike) for one in alike)
 
 
 def refine_label(
