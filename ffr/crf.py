@@ -154,13 +154,11 @@ class DenseCRF(nn.Module):
         unary = chosen.flatten(1).to(dtype).clamp(min=max(self.floor, torch.finfo(dtype).tiny)).t().contiguous().log_()
         kernels = self._kernels(image, dtype)
         belief = unary.softmax(1)
-        if kernels:
-            starts = np.cumsum([0, *(lattice.points for lattice, _ in kernels)]).tolist()
-            index = torch.cat([lattice.index + start for (lattice, _), start in zip(kernels, starts, strict=False)], 1)
-            weight = torch.cat([lattice.weight * compat for lattice, compat in kernels], 1)
-            for _ in range(self.iterations):
-                blurred = torch.cat([lattice.blurred(belief) for lattice, _ in kernels])
-                belief = weighted_rows(index, blurred, weight).add_(unary).softmax(1)
+        for _ in range(self.iterations if kernels else 0):
+            message = unary
+            for lattice, weight in kernels:
+                message = message + weighted_rows(lattice.index, lattice.blurred(belief), weight)
+            belief = message.softmax(1)
         belief = belief.t().reshape(chosen.shape)
         if kept is None:
             return belief.to(probs.dtype).contiguous()
@@ -168,15 +166,17 @@ class DenseCRF(nn.Module):
         result[kept] = belief.to(probs.dtype)
         return result
 
-    def _kernels(self, image: Tensor, dtype: torch.dtype) -> list[tuple[PermutohedralLattice, float]]:
+    def _kernels(self, image: Tensor, dtype: torch.dtype) -> list[tuple[PermutohedralLattice, Tensor]]:
+        """Each lattice, and what a pixel reads from it times the weight of the kernel."""
         kernels = []
         if self.bilateral_compat > 0:
             features = image_features(image, sxy=self.bilateral_sxy, srgb=self.bilateral_srgb).to(dtype)
-            kernels.append((PermutohedralLattice(features), self.bilateral_compat))
+            lattice = PermutohedralLattice(features)
+            kernels.append((lattice, lattice.weight * self.bilateral_compat))
         if self.gaussian_compat > 0:
             size = (image.shape[1], image.shape[2])
             lattice = position_lattice(size, sxy=self.gaussian_sxy, dtype=dtype, device=image.device)
-            kernels.append((lattice, self.gaussian_compat))
+            kernels.append((lattice, lattice.weight * self.gaussian_compat))
         return kernels
 
 

@@ -68,7 +68,7 @@ class PermutohedralLattice:
                 ones = torch.ones_like(self.weight[:, :1])
                 scale = torch.rsqrt(self(ones) + 1e-20)
                 self.weight = self.weight * scale
-                self._spread_weight = self._spread_weight * scale[:, 0][self._spread_index]
+                self._spread_weight = self._spread_weight * scale[:, 0].index_select(0, self._spread_index)
 
     @property
     def points(self) -> int:
@@ -117,15 +117,15 @@ class PermutohedralLattice:
         # Many points share a simplex: name those once, then their corners.
         points, simplex, _, begin, size = _distinct(base * (corners**d | 1) + order, count)
         member = torch.empty_like(points).scatter_(0, points, simplex)
-        first = points[begin.clamp(max=points.shape[0] - 1)]
-        base, rank = base[first], rank[:, first]
+        first = points.index_select(0, begin.clamp(max=points.shape[0] - 1))
+        base, rank = base.index_select(0, first), rank.index_select(1, first)
         keys = torch.stack([base + r * digit.sum() for r in range(corners)], 1)
         for r in range(1, corners):
             for k in range(d):
                 keys[:, r] -= (rank[k] > d - r) * (digit[k] * corners)
         pairs, receiver, names, _, _ = _distinct(keys.flatten(), count)
         corner = torch.empty_like(pairs).scatter_(0, pairs, receiver).int()
-        self.index = corner.reshape(keys.shape)[member]
+        self.index = corner.reshape(keys.shape).index_select(0, member)
 
         total = names.shape[0]
         own = torch.arange(total, device=device)
@@ -135,7 +135,7 @@ class PermutohedralLattice:
             step = digit[j] * corners - digit.sum() if j < d else -digit.sum()
             wanted = names + step
             ahead = torch.searchsorted(names, wanted).clamp_(max=total - 1)
-            there = names[ahead] == wanted
+            there = names.index_select(0, ahead) == wanted
             # Who is ahead of whom also tells who is behind; number `total` takes the answers of those without.
             behind = own.new_full((total + 1,), -1).scatter_(0, torch.where(there, ahead, total), own)[:total]
             index = torch.stack([own, torch.where(there, ahead, 0), behind.clamp(min=0)], 1).int()
@@ -144,14 +144,18 @@ class PermutohedralLattice:
         # Transposed: the points that spread to a lattice point, one after the other. They stand in `points` simplex
         # by simplex, so every (simplex, corner), in the order of its corner, is a run of them.
         owner, place = pairs.div(corners, rounding_mode="trunc"), pairs % corners
-        length = size[owner]
+        length = size.index_select(0, owner)
         start = length.cumsum(0) - length
         room = self.index.numel()
         run = torch.zeros(room + 1, dtype=torch.int64, device=device).scatter_add_(0, start, torch.ones_like(start))
         run = run[:room].cumsum_(0).sub_(1)
-        point = points[torch.arange(room, device=device).add_((begin[owner] - start)[run])]
+        point = points.index_select(
+            0, torch.arange(room, device=device).add_((begin.index_select(0, owner) - start).index_select(0, run))
+        )
         self._spread_index = point.int()
-        self._spread_weight = self.weight.flatten()[point.mul_(corners).add_(place[run])]
+        self._spread_weight = self.weight.flatten().index_select(
+            0, point.mul_(corners).add_(place.index_select(0, run))
+        )
         received = torch.zeros_like(own).scatter_add_(0, receiver, length)
         self._offsets = (received.cumsum(0) - received).int()
         self.weight = self.weight / (1 + 2.0**-d)

@@ -112,10 +112,10 @@ class PixelAdaptiveRefinement(nn.Module):
         """Views of the neighbours: padded once, never gathered into (B, C, 48, H, W)."""
         reach = max(self.dilations)
         padded = F.pad(maps, [reach] * 4, mode="replicate").contiguous()
-        # Strided views of one buffer, not slices: a compiler would otherwise compute the padding 48 times over.
-        first, row = padded.storage_offset(), padded.stride(2)
+        # Strided views of one new buffer, not slices: a compiler would otherwise compute the padding 48 times over.
+        row = padded.shape[3]
         return [
-            padded.as_strided(maps.shape, padded.stride(), first + (reach + d * dy) * row + reach + d * dx)
+            padded.as_strided(maps.shape, padded.stride(), (reach + d * dy) * row + reach + d * dx)
             for d in self.dilations
             for dy, dx in RING
         ]

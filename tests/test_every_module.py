@@ -284,7 +284,7 @@ CASES = {
         ffr.PixelAdaptiveRefinement,
         lambda: ffr.PixelAdaptiveRefinement((1, 3), iterations=1),
         lambda: {"images": pictures(), "scores": normal(3, 2, *SIZE)},
-        smooth=("images", "scores"),
+        smooth=("scores",),
     ),
     "refine_label": Case(
         ffr.refine_label,

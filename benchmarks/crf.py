@@ -1,0 +1,161 @@
+"""The dense CRF against the compiled implementation of the field: speed, and agreement beside it.
+
+    pip install -e '.[oracle]' && python benchmarks/crf.py
+    python benchmarks/crf.py --images photos/ --device cuda
+
+On a GPU the opponent still runs on one CPU thread: it has no other way.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ffr.crf import DenseCRF
+
+try:
+    import pydensecrf.densecrf as densecrf
+except ImportError:
+    sys.exit("crf.py needs pydensecrf2: run pip install -e '.[oracle]' in the checkout of ffr.")
+
+SETTINGS = {  # name -> (Gaussian sxy, compat), (bilateral sxy, srgb, compat)
+    "recipe": ((1, 1), (121, 5, 4)),
+    "sxy 80, srgb 13": ((3, 3), (80, 13, 10)),
+    "sxy 67, srgb 3": ((1, 3), (67, 3, 4)),
+    "sxy 50, srgb 5": ((3, 3), (50, 5, 10)),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The dense CRF against pydensecrf2."""
+
+    images: Path | None = None
+    """folder of photographs; by default seven of scikit-image and scikit-learn"""
+    limit: int = 7
+    """how many of them"""
+    height: int = 375
+    width: int = 500
+    labels: int = 21
+    iterations: int = 10
+    rounds: int = 5
+    threads: int = 1
+    """of torch; the opponent has one"""
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON; by default results/DATE-DEVICE-crf.json"""
+
+
+def photographs(arguments: Arguments) -> dict[str, Tensor]:
+    """Name -> uint8 (3, H, W)."""
+    if arguments.images is not None:
+        found = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        pictures = {path.name: np.array(Image.open(path).convert("RGB")) for path in found[: arguments.limit]}
+        if not pictures:
+            sys.exit(f"crf.py: --images {arguments.images} holds no .jpg or .png.")
+    else:
+        from skimage import data
+        from sklearn.datasets import load_sample_images
+
+        pictures = {name: getattr(data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")}
+        pictures["motorcycle"] = data.stereo_motorcycle()[0]
+        pictures |= dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+    size = (arguments.height, arguments.width)
+    resized = {}
+    for name, picture in list(pictures.items())[: arguments.limit]:
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+        resized[name] = F.interpolate(image, size=size, mode="area")[0].round().to(torch.uint8)
+    return resized
+
+
+def probabilities(arguments: Arguments, seed: int) -> Tensor:
+    """As of a head of stride 16: smooth, undecided, four labels likely."""
+    grid = (max(1, arguments.height // 16), max(1, arguments.width // 16))
+    logits = torch.randn(1, arguments.labels, *grid, generator=torch.Generator().manual_seed(seed))
+    logits[:, 4:] -= 3
+    size = (arguments.height, arguments.width)
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].softmax(0)
+
+
+def opponent(image: Tensor, probs: Tensor, gaussian: Any, bilateral: Any, iterations: int) -> Tensor:
+    """The compiled implementation, from probabilities to probabilities as ours."""
+    crf = densecrf.DenseCRF2D(image.shape[2], image.shape[1], len(probs))
+    crf.setUnaryEnergy(-probs.clamp(min=1e-5).log().flatten(1).numpy())
+    crf.addPairwiseGaussian(sxy=gaussian[0], compat=gaussian[1])
+    rows = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    crf.addPairwiseBilateral(sxy=bilateral[0], srgb=bilateral[1], rgbim=rows, compat=bilateral[2])
+    return torch.from_numpy(np.array(crf.inference(iterations))).reshape(probs.shape)
+
+
+def compare(arguments: Arguments, pictures: dict[str, Tensor], gaussian: Any, bilateral: Any) -> dict[str, Any]:
+    """Agreement and speed for one setting of the parameters."""
+    ours = DenseCRF(*gaussian, *bilateral, arguments.iterations)
+    differ = moved = pixels = 0
+    errors, faster = [], {}
+    for seed, (name, image) in enumerate(pictures.items()):
+        probs = probabilities(arguments, seed)
+        functions = {
+            "pydensecrf2": partial(opponent, image, probs, gaussian, bilateral, arguments.iterations),
+            "ffr": partial(ours, image.to(arguments.device), probs.to(arguments.device)),
+        }
+        wanted, got = functions["pydensecrf2"](), functions["ffr"]().cpu()
+        differ += int((got.argmax(0) != wanted.argmax(0)).sum())
+        moved += int((wanted.argmax(0) != probs.argmax(0)).sum())
+        pixels += got[0].numel()
+        errors.append(float((got - wanted).abs().mean()))
+        times = harness.measure(functions, rounds=arguments.rounds, warmup=1, device=arguments.device)
+        faster[name] = [a / b for a, b in zip(times["pydensecrf2"], times["ffr"], strict=True)]
+    return {
+        "times_faster": harness.spread([one for several in faster.values() for one in several])._asdict(),
+        "by_image": {name: harness.spread(several).median for name, several in faster.items()},
+        "labels_differing": differ,
+        "labels": pixels,
+        "mean_abs_error": max(errors),
+        "labels_moved_percent": 100 * moved / pixels,
+    }
+
+
+def main() -> int:
+    """Run from the command line."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    torch.set_num_threads(arguments.threads)
+    pictures = photographs(arguments)
+    rows = [{"setting": name, **compare(arguments, pictures, *values)} for name, values in SETTINGS.items()]
+    cells = [
+        (
+            row["setting"],
+            harness.Ratio(**row["times_faster"]),
+            f"{min(row['by_image'].values()):.2f}-{max(row['by_image'].values()):.2f}",
+            f"{row['labels_differing']} of {row['labels']}",
+            f"{row['mean_abs_error']:.1e}",
+            f"{row['labels_moved_percent']:.1f} %",
+        )
+        for row in rows
+    ]
+    note = (
+        f"{len(pictures)} photographs, {arguments.iterations} iterations, {arguments.rounds} interleaved rounds each, "
+        f"from probabilities to probabilities, lattices included; ours on {harness.name_of(arguments.device)}, "
+        f"{arguments.threads} thread(s). Median of all rounds and quartiles; the medians by image."
+    )
+    harness.table(
+        f"DenseCRF against pydensecrf2, {arguments.height} x {arguments.width}, {arguments.labels} labels",
+        ("setting", "times faster", "by image", "labels differing", "mean |dQ|", "CRF changes"),
+        cells,
+        [note],
+    )
+    settings = {**asdict(arguments), "images": list(pictures), "parameters": SETTINGS}
+    print("wrote", harness.save("crf", settings, rows, device=arguments.device, out=arguments.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
