@@ -47,9 +47,9 @@ class Arguments:
     """images of COCO, 0 for all"""
     grid: int = 28
     """masks are coarsened to grid x grid"""
-    coarsen: Literal["label", "share"] = "label"
-    """what a cell keeps: its most frequent class, at the confidence .7; or the share of every class, which tells
-    how far an edge cuts into the cell"""
+    coarsen: Literal["label", "spill", "share"] = "label"
+    """what a cell keeps: its most frequent class, at the confidence .7; the same, objects spilling over into the cells
+    around them; or the share of every class, which tells how far an edge cuts into the cell"""
     iterations: int = 10
     rounds: int = 7
     batch: int = 1
@@ -169,7 +169,10 @@ def quality(arguments: Arguments) -> list[dict[str, Any]]:
         names = [0, *(name for name in label.unique().tolist() if name not in (0, 255))]
         stack = torch.stack([label == name for name in names]).float()[None].to(arguments.device)
         coarse = F.adaptive_avg_pool2d(stack, arguments.grid)
-        if arguments.coarsen == "label":  # the others share the rest
+        if arguments.coarsen == "spill":
+            coarse[:, 1:] = F.max_pool2d(coarse[:, 1:] * (coarse.argmax(1, keepdim=True) > 0), 3, 1, 1)
+            coarse[:, :1] = 0.5 * (coarse[:, 1:].amax(1, keepdim=True) < 0.5)
+        if arguments.coarsen != "share":  # the other classes share the rest
             chosen = F.one_hot(coarse.argmax(1), len(names)).movedim(3, 1)
             coarse = torch.where(chosen > 0, CONFIDENCE, (1 - CONFIDENCE) / max(1, len(names) - 1))
         known = F.interpolate(coarse, size=label.shape, mode="bilinear", align_corners=False)
@@ -241,7 +244,7 @@ def main() -> int:
     else:
         rows = quality(arguments)
         show_quality(arguments, rows)
-        subject = "refinement-coco"
+        subject = f"refinement-coco-{arguments.coarsen}"
     settings = {**asdict(arguments), "coco": arguments.coco and arguments.coco.name}
     print("wrote", harness.save(subject, settings, rows, device=arguments.device, out=arguments.out))
     return 0
