@@ -104,6 +104,8 @@ def tokens(
         if isinstance(tensor, Tensor) and tensor.ndim == 3 and grid is not None:
             height, width = grid
             remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
+            if tensor.shape[1] == height * width:  # another axis is wrong, and the shapes say which
+                remedy = ""
             bound = bind(owner, sizes={**known, "N": height * width}, remedy=remedy, **{name: (tensor, "B N D")})
             known.update(B=bound["B"], D=bound["D"], h=height, w=width)
             out.append(tensor)

@@ -231,7 +231,8 @@ def dense_energy_loss(
               \qquad g_i = \max(\text{roi}_i - \max_k P_{ik}, 0)
 
     with P the softmax of the logits, G a Gaussian kernel on position and colour, and the gate :math:`g_i = 1` where
-    the label is `ignore_index`. The gate is a constant, and images have no gradient: by the logits alone,
+    the label is `ignore_index`, in an image that has any other pixel. The gate is a constant, and images have no
+    gradient: by the logits alone,
 
     .. math:: \frac{\partial E}{\partial P} = -\frac{\text{weight}}{B} \text{roi} \big(g (G S) + G^\top (g S)\big)
 
@@ -251,7 +252,8 @@ def dense_energy_loss(
         exact_gradient: off, the customary approximation :math:`-2 g (G S)` in place of the sum above, at half the cost.
 
     Returns:
-        a scalar <= 0 in the dtype of `logits`; exactly 0 without a region of interest, connected to the graph.
+        a scalar <= 0 in the dtype of `logits`; exactly 0, connected to the graph, for an image without a region of
+        interest or without a label.
 
     Raises:
         ValueError: if a shape or a number does not fit. TypeError: for a wrong dtype.
@@ -259,10 +261,10 @@ def dense_energy_loss(
     Example:
         >>> import torch
         >>> from ffr.losses import dense_energy_loss
-        >>> label = torch.full((1, 2, 2), 255)  # four pixels of one colour and one label, at two sigma or less
+        >>> label = torch.tensor([[[255, 255], [255, 0]]])  # all of one colour, and three of them unlabelled
         >>> logits = torch.tensor([100.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
         >>> energy = dense_energy_loss(logits, label, images=torch.ones(1, 3, 2, 2), weight=1.0, scale=1.0)
-        >>> bool(-16 < energy < -8)
+        >>> bool(-12 < energy < -6)  # three pixels, and in true units four neighbours each
         True
 
     Reference: Tang et al., ECCV 2018; gate, half resolution and numbers of the lineage (ToCo, CVPR 2023), whose
@@ -298,6 +300,7 @@ def dense_energy_loss(
             inside = torch.ones_like(probs[..., :1]) if roi is None else shrink(roi[:, None])
             unlabelled = shrink((label == ignore_index)[:, None]) > 0
             gate = torch.where(unlabelled, 1.0, (inside - probs.amax(2, keepdim=True)).clamp(min=0))
+            gate = gate * (label != ignore_index).flatten(1).any(1)[:, None, None]
             level = 1.0 if images.dtype == torch.uint8 else 255.0
             colour = shrink(images) * (level / sigma_rgb)
             y, x = (torch.arange(side, dtype=probs.dtype, device=probs.device) / (scale * sigma_xy) for side in small)

@@ -95,6 +95,7 @@ def test_with_an_open_gate_both_gradients_agree():
     logits, label, images, _ = batch()
     x = logits.requires_grad_()
     label = torch.full_like(label, 255)
+    label[:, 0, 0] = 0
     one, other = (
         torch.autograd.grad(dense_energy_loss(x, label, images=images, weight=1.0, exact_gradient=e), x)[0]
         for e in (True, False)
@@ -140,7 +141,22 @@ def test_a_certain_prediction_is_gated_where_the_label_is_known():
     certain = torch.zeros(2, 4, 20, 28, dtype=torch.float64)
     certain[:, 1] = 1000
     assert dense_energy_loss(certain, torch.ones_like(label), images=images, weight=1.0) == 0
-    assert dense_energy_loss(certain, torch.full_like(label, 255), images=images, weight=1.0) < -100
+    label = torch.full_like(label, 255)
+    label[:, 0, 0] = 1
+    assert dense_energy_loss(certain, label, images=images, weight=1.0) < -100
+
+
+def test_an_image_without_a_label_costs_exactly_nothing():
+    logits, label, images, _ = batch()
+    x = logits.requires_grad_()
+    label[1] = 255
+    both = dense_energy_loss(x, label, images=images, weight=1.0)
+    alone = dense_energy_loss(x[:1], label[:1], images=images[:1], weight=1.0)
+    assert_close(both, alone / 2)
+    assert torch.autograd.grad(both, x)[0][1].eq(0).all()
+    value = dense_energy_loss(x, torch.full_like(label, 255), images=images, weight=1.0)
+    assert value == 0
+    assert torch.autograd.grad(value, x)[0].eq(0).all()
 
 
 def test_the_defaults_are_those_of_the_method():
