@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     sys.exit(f"clean_masks needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
-from recipe.engine import written
+from recipe.files import written
 from recipe.scenes import CLASSES, Scenes, make_scenes
 from torch import Tensor
 from torch.nn import functional as F

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 try:
     import numpy as np
-    from recipe.data import IGNORE, Item, decoding, read_image, write_text
+    from recipe.data import IGNORE, Item, decoding, read_image
+    from recipe.files import write_text
     from recipe.prepare import Done, Summary, claim, command, digest, saved_mask, work
     from rich.console import Console
     from scipy.io import loadmat

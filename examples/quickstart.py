@@ -26,7 +26,8 @@ try:
 except ImportError as error:
     sys.exit(f"quickstart needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
-from recipe.engine import Diverged, evaluate, train, written
+from recipe.engine import Diverged, evaluate, train
+from recipe.files import written
 from recipe.network import small_ffr
 from recipe.picture import save_picture, steps_of
 from recipe.scenes import CLASSES, Scenes, make_scenes

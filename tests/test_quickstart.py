@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from quickstart import Settings, build
 from recipe import engine
+from recipe.data import SceneImages
+from recipe.files import written
 from recipe.scenes import Scenes, make_scenes
 from rich.console import Console
 
@@ -68,14 +70,16 @@ def test_both_models_start_from_the_same_weights_and_see_the_same_batches(small)
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     scenes = make_scenes("train", 12)
-    for (a, la), (b, lb) in zip(*(engine.batches(scenes, 4, 3, seed=1) for _ in range(2)), strict=True):
+    one, other = SceneImages(scenes, 4, seed=1), SceneImages(scenes, 4, seed=1)
+    for step in range(3):
+        (a, la), (b, lb) = one.batch(step), other.batch(step)
         assert torch.equal(a, b) and torch.equal(la, lb)
         assert a.min() >= 0 and a.max() <= 1 and a.dtype == torch.float32
 
 
 def test_another_seed_gives_other_batches():
     scenes = make_scenes("train", 12)
-    (a, _), (b, _) = (next(engine.batches(scenes, 4, 1, seed=seed)) for seed in (0, 1))
+    (a, _), (b, _) = (SceneImages(scenes, 4, seed).batch(0) for seed in (0, 1))
     assert not torch.equal(a, b)
 
 
@@ -166,7 +170,7 @@ def test_an_interruption_leaves_no_half_written_file(where, small, monkeypatch, 
 def test_an_interruption_keeps_the_figures_of_an_earlier_run(small, monkeypatch):
     small.out.mkdir(parents=True)
     (small.out / "quickstart.json").write_text("{}")
-    with pytest.raises(KeyboardInterrupt), engine.written(small.out / "quickstart.json") as path:
+    with pytest.raises(KeyboardInterrupt), written(small.out / "quickstart.json") as path:
         path.write_text("half")
         raise KeyboardInterrupt
     assert (small.out / "quickstart.json").read_text() == "{}"

@@ -25,7 +25,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from ffr.draw import load_label
-from recipe.engine import written
+from recipe.config import Config
+from recipe.files import write_text
+from recipe.scenes import CLASSES, Scenes, make_scenes
 
 IGNORE = 255
 
@@ -125,15 +127,6 @@ def write_split(folder: Path, split: str, classes: Sequence[str], items: Sequenc
     text = f'{{"classes": {json.dumps(list(classes), ensure_ascii=False)},\n"items": [\n{lines}\n]}}\n'
     write_text(path, text)
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; an error names it."""
-    try:
-        with written(path) as part:
-            part.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _item(folder: Path, entry: dict[str, Any]) -> Item:
@@ -293,6 +286,10 @@ class TrainImages(Dataset[tuple[Tensor, Tensor]]):
         epoch, place = divmod(n, len(self))
         return self.split.items[_order(self.seed, epoch, len(self))[place]]
 
+    def name(self, n: int) -> str:
+        """What sample number n shows, for a message."""
+        return self.item(n).name
+
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         item = self.item(n)
         image = read_image(item.image)
@@ -333,6 +330,45 @@ def _seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
+class SceneImages(Dataset[tuple[Tensor, Tensor]]):
+    """As `TrainImages`, of embedded scenes in memory: float in [0, 1], (3, size, size), and labels.
+
+    Step s of the global batch is drawn as a whole from (seed, s); sample n is number n % batch_size of its step.
+    Flip, shift and colour only, for the scenes are small. No blur: it would remove the high band.
+    """
+
+    def __init__(self, scenes: Scenes, batch_size: int, seed: int) -> None:
+        self.scenes, self.batch_size, self.seed = scenes, batch_size, seed
+        side = scenes.images.shape[-1]
+        self.augment = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.RandomCrop(side, padding=side // 10, padding_mode="reflect"),
+                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
+        self._last: tuple[int, tuple[Tensor, Tensor]] | None = None
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """All samples of a step, the same whatever trains on them."""
+        if self._last is None or self._last[0] != step:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed * 1_000_003 + step)
+                chosen = torch.randint(len(self.scenes.images), (self.batch_size,))
+                images = torch.stack([self.augment(image) for image in self.scenes.images[chosen]])
+            self._last = step, (images, self.scenes.labels[chosen])
+        return self._last[1]
+
+    def name(self, n: int) -> str:
+        """What sample number n shows, for a message."""
+        return f"scene {n % self.batch_size} of step {n // self.batch_size}"
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.batch(n // self.batch_size)
+        return images[n % self.batch_size], labels[n % self.batch_size]
+
+
 def _row(labels: Sequence[int], count: int) -> Tensor:
     row = torch.zeros(count)
     row[list(labels)] = 1
@@ -359,8 +395,43 @@ class EvalImages(Dataset[Example]):
         return Example(item.name, image, mask, None if item.labels is None else _row(item.labels, classes))
 
 
+class SceneExamples(Dataset[Example]):
+    """As `EvalImages`, of embedded scenes in memory."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes.images)
+
+    def __getitem__(self, index: int) -> Example:
+        images, masks, labels = self.scenes
+        return Example(f"{index:05d}", images[index], masks[index], labels[index])
+
+
 def collate(batch: Sequence[Example]) -> Example:
     """The one example of a batch of 1, unchanged: images differ in size, so there is nothing to stack."""
     if len(batch) != 1:
         raise ValueError(f"collate: expected batches of 1 image, got {len(batch)}. Set batch_size=1.")
     return batch[0]
+
+
+# What a run reads -------------------------------------------------------------------------------------------------
+
+
+def training_data(config: Config) -> tuple[TrainImages | SceneImages, tuple[str, ...]]:
+    """The samples that `config` trains on, and the names of the classes."""
+    if config.data is None:
+        scenes = make_scenes("train", config.scenes[0], config.crop, config.seed)
+        return SceneImages(scenes, config.batch_size, config.seed), CLASSES
+    split = read_split(config.data, config.train_split)
+    images = TrainImages(split, config.crop, config.seed, config.crop_scale, config.flip, config.jitter)
+    return images, split.classes
+
+
+def evaluation_data(config: Config, split: str) -> tuple[EvalImages | SceneExamples, tuple[str, ...]]:
+    """The images of a split, and the names of the classes."""
+    if config.data is None:
+        return SceneExamples(make_scenes(split, config.scenes[1], config.crop, config.seed)), CLASSES
+    found = read_split(config.data, split)
+    return EvalImages(found), found.classes

@@ -1,21 +1,17 @@
 """What every training run needs: optimiser, schedule, one loop, one evaluation."""
 
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from ffr import FFR, FFRLoss
 from ffr.cam import cam_to_label, normalize_cam, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
 from ffr.objective import Terms
+from recipe.data import SceneImages
 from recipe.scenes import Scenes
 
 
@@ -49,27 +45,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, *, power: flo
     return peak * (1 - step / steps) ** power
 
 
-def batches(scenes: Scenes, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of float images in [0, 1] and labels; step i is the same whatever trains on it.
-
-    Flip, shift and colour only. No blur: it would remove the high band.
-    """
-    side = scenes.images.shape[-1]
-    augment = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomCrop(side, padding=side // 10, padding_mode="reflect"),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
-    for step in range(steps):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 1_000_003 + step)
-            chosen = torch.randint(len(scenes.images), (size,))
-            yield torch.stack([augment(image) for image in scenes.images[chosen]]), scenes.labels[chosen]
-
-
 def train(
     objective: FFRLoss,
     scenes: Scenes,
@@ -91,7 +66,9 @@ def train(
     adamw = optimizer(model, lr, weight_decay=weight_decay, head_scale=head_scale)
     objective.train()
     begin = time.perf_counter()
-    for step, (images, labels) in enumerate(batches(scenes, batch_size, steps, seed)):
+    samples = SceneImages(scenes, batch_size, seed)
+    for step in range(steps):
+        images, labels = samples.batch(step)
         now = learning_rate(step, steps, math.ceil(warmup * steps), lr)
         for group in adamw.param_groups:
             group["lr"] = now * group["scale"]
@@ -160,17 +137,3 @@ def evaluate(
         "boundary_iou": 100 * boundary.miou(),
         "threshold": best[0],
     }
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(name)
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

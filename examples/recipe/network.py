@@ -1,4 +1,4 @@
-"""The small network of the embedded scenes: timm's VisionTransformer on a convolutional stem."""
+"""Networks by name: any plain ViT of timm, or the small one of the embedded scenes, a ViT on a convolutional stem."""
 
 from typing import Any
 
@@ -7,6 +7,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ffr import FFR, timm_encoder
+from recipe.config import SMALL, Config
+
+
+def build_model(config: Config, num_classes: int) -> FFR:
+    """The network of a run; its first weights follow torch's seed, or come from where `config` says."""
+    if config.model == SMALL:
+        return small_ffr(num_classes, config.crop, mu=config.mu, hidden=config.hidden, dilation=config.dilation)
+    encoder = timm_encoder(
+        config.model,
+        pretrained=config.pretrained,
+        checkpoint=config.checkpoint,
+        intermediate=config.intermediate,
+        img_size=config.crop,  # position embeddings of the training grid, resampled once and not in every step
+    )
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return FFR(encoder, num_classes, mu=config.mu, hidden=config.hidden, dilation=config.dilation)
 
 
 class ConvStem(PatchEmbed):
@@ -26,7 +42,16 @@ def _convolution(before: int, after: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.GELU())
 
 
-def small_ffr(num_classes: int, size: int, *, width: int = 64, depth: int = 4) -> FFR:
+def small_ffr(
+    num_classes: int,
+    size: int,
+    *,
+    width: int = 64,
+    depth: int = 4,
+    mu: float = 0.4,
+    hidden: int = 64,
+    dilation: int = 2,
+) -> FFR:
     """FFR on a transformer of a few hundred thousand weights, random ones.
 
     Args:
@@ -34,6 +59,7 @@ def small_ffr(num_classes: int, size: int, *, width: int = 64, depth: int = 4) -
         size: side of the images in pixels; the token grid is a quarter of it.
         width: channels D, a multiple of 32.
         depth: transformer blocks; the intermediate features come from the third from the end.
+        mu, hidden, dilation: as `ffr.FFR`.
     """
     transformer = VisionTransformer(
         img_size=size,
@@ -48,6 +74,6 @@ def small_ffr(num_classes: int, size: int, *, width: int = 64, depth: int = 4) -
         init_values=0.01,  # blocks that start near the identity keep the CAM local while little is learnt
         embed_layer=ConvStem,
     )
-    model = FFR(timm_encoder(transformer), num_classes, hidden=width, dilation=2)
+    model = FFR(timm_encoder(transformer), num_classes, mu=mu, hidden=hidden, dilation=dilation)
     nn.init.zeros_(model.head.last.weight)  # untrained, every pixel is background: no class has a head start
     return model

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ffr.draw import save_label
-from recipe.data import IGNORE, Item, read_mask, write_split, write_text
+from recipe.data import IGNORE, Item, read_mask, write_split
+from recipe.files import write_text
 
 RECORD = "prepare.json"
 ROWS = {
