@@ -86,7 +86,7 @@ def class_activation_map(features: Tensor, weight: Tensor, *, grid: tuple[int, i
     """
     owner = "class_activation_map"
     (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
-    if weight.ndim == 4:
+    if isinstance(weight, Tensor) and weight.ndim == 4:
         weight = weight.flatten(1)
     _check.bind(owner, sizes=sizes, weight=(weight, "K D"))
     _check.floating(owner, weight=weight)
@@ -141,7 +141,8 @@ def multi_scale_cam(
     """The lineage's multi-scale, flipped CAM.
 
     Per scale: raw maps up-sampled to ``(H, W)``, un-flipped, maximum over the flip pair, ReLU. Summed over scales,
-    then `normalize_cam`. Runs without gradient and leaves train or eval mode as it finds it.
+    then `normalize_cam`. Runs without gradient and leaves train or eval mode as it finds it. Maps are up-sampled and
+    summed in float32 at least, also under autocast: steps of bfloat16 are 0.4 % of a score.
 
     Args:
         fn: images ``(b, 3, h, w)`` -> raw maps ``(b, K, ., .)``, or a tuple of such maps. It sees an image and its
@@ -154,7 +155,8 @@ def multi_scale_cam(
             classes are then never up-sampled.
 
     Returns:
-        ``(B, K, H, W)`` in [0, 1], or a tuple of them, in the form that `fn` returns.
+        ``(B, K, H, W)`` in [0, 1], or a tuple of them, in the form that `fn` returns; in the wider of the precisions
+        of `images` (uint8 is float32) and the maps.
 
     Raises:
         ValueError: if a shape or a scale does not fit, or `max_present` is given without `labels`.
@@ -177,6 +179,7 @@ def multi_scale_cam(
     height, width, batch = sizes["H"], sizes["W"], sizes["B"]
     single = False
     totals: list[Tensor] = []
+    dtypes: list[torch.dtype] = []
     kind = images.device.type
     # Without autocast's cache: it would keep casts of the weights without a graph, and the training forward that
     # follows would use them (up to torch 2.5 at least) and train nothing.
@@ -201,6 +204,9 @@ def multi_scale_cam(
                 _check.bind(f"{owner}: result of `fn`", sizes=expected, maps=(maps, "B K h w"))
                 if ids is not None:
                     maps = take_classes(maps, torch.cat([ids, ids]) if flip else ids)
+                if index == len(totals):
+                    dtypes.append(torch.promote_types(maps.dtype, pixels.dtype))
+                maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
                 maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
                 if flip:
                     maps = torch.maximum(maps[:batch], maps[batch:].flip(3))
@@ -208,7 +214,7 @@ def multi_scale_cam(
                     totals.append(maps.relu())
                 else:
                     totals[index] += maps.relu()
-        cams = tuple(_finish(total, labels, ids) for total in totals)
+        cams = tuple(_finish(total, labels, ids).to(kept) for total, kept in zip(totals, dtypes, strict=True))
     return cams[0] if single else cams  # type: ignore[return-value]
 
 
@@ -240,6 +246,7 @@ def cam_to_label(
 
     Raises:
         ValueError: unless either `background`, or `high` and `low`, are given and lie in [0, 1].
+        TypeError: if `cam` is not floating.
 
     Example:
         >>> import torch
@@ -249,6 +256,7 @@ def cam_to_label(
     """
     owner = "cam_to_label"
     _check.bind(owner, cam=(cam, "B K H W"))
+    _check.floating(owner, cam=cam)
     if background is not None and high is None and low is None:
         _check.within(owner, background=background, at_most=1.0)
         high = low = background

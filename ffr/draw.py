@@ -195,5 +195,6 @@ def _pillow(owner: str) -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(f"ffr.draw.{owner} needs Pillow: pip install 'ffr[examples]'") from error
+        said = f"{owner}: needs Pillow, which the extra `examples` brings."
+        raise ImportError(f"{said} Run pip install '.[examples]' in a checkout of ffr.") from error
     return Image

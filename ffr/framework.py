@@ -1,5 +1,6 @@
 """The method composed: the rectification in one call, and the network of the method figure."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from ffr import _check
 from ffr.cam import to_image
 from ffr.classifier import IntermediateClassifier
-from ffr.encoder import Encoder
+from ffr.encoder import Encoder, Features
 from ffr.frequency import FrequencyMask
 from ffr.heads import DualSegmentationHead
 from ffr.prototypes import ClassPrototypes
@@ -63,6 +64,8 @@ class FrequencyRectification(nn.Module):
         mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
         max_present: int | None = None,
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
+        world_size: int = 1,
     ) -> Rectified:
         """Split, select, and pull.
 
@@ -73,6 +76,8 @@ class FrequencyRectification(nn.Module):
             mask: bool ``(B, h, w)``, False leaves a token out.
             grid: ``(h, w)``, for tokens.
             max_present: an upper bound of the classes present in one image, known on the host.
+            all_reduce: sums a detached count over ranks, for a loss that does not depend on their number.
+            world_size: number of ranks that `all_reduce` sums over.
 
         Returns:
             ``Rectified(loss, low, high, selected)``; the bands have the shape of `features`.
@@ -83,7 +88,15 @@ class FrequencyRectification(nn.Module):
             features=features, low=low, prototypes=vectors, valid=valid, mask=mask, grid=grid
         )
         loss = self.rectification(
-            features=features, low=low, prototypes=vectors, valid=valid, selected=selected, mask=mask, grid=grid
+            features=features,
+            low=low,
+            prototypes=vectors,
+            valid=valid,
+            selected=selected,
+            mask=mask,
+            grid=grid,
+            all_reduce=all_reduce,
+            world_size=world_size,
         )
         return Rectified(loss, low, high, selected)
 
@@ -117,7 +130,7 @@ class FFR(nn.Module):
         dilation: of the segmentation heads, in tokens.
 
     Raises:
-        TypeError: if `encoder` lacks ``embed_dim`` or ``patch_size``.
+        TypeError: if `encoder` lacks ``embed_dim`` or ``patch_size``; see `encode` for what it must give.
 
     Example:
         >>> import torch
@@ -158,14 +171,41 @@ class FFR(nn.Module):
         Args:
             images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1].
         """
-        _check.bind("FFR", images=(images, "B 3 H W"))
-        logits: Tensor = self.head(self.encoder(images).final)
+        logits: Tensor = self.head(self.encode(images).final)
         return logits
+
+    def encode(self, images: Tensor) -> Features:
+        """Features of the images, held against what `ffr.encoder.Encoder` promises.
+
+        Raises:
+            TypeError: if the encoder gives no `ffr.encoder.Features`, or a mask that is not bool.
+            ValueError: if a shape does not fit: ``(B, embed_dim, ceil(H / patch_size), ceil(W / patch_size))``.
+        """
+        sizes = _check.bind("FFR", images=(images, "B 3 H W"))
+        features = self.encoder(images)
+        owner, patch = f"FFR: result of the encoder {type(self.encoder).__name__}", self.encoder.patch_size
+        if not isinstance(features, Features):
+            raise TypeError(
+                f"{owner}: expected ffr.encoder.Features, got {type(features).__name__}. "
+                "Return Features(final=..., intermediate=...)."
+            )
+        grid = {
+            "B": sizes["B"],
+            "D": self.encoder.embed_dim,
+            "h": -(-sizes["H"] // patch),
+            "w": -(-sizes["W"] // patch),
+        }
+        remedy = f"Pad images of {sizes['H']} x {sizes['W']} to whole patches of {patch}: a grid is rounded up"
+        for name, maps in (("final", features.final), ("intermediate", features.intermediate)):
+            _check.bind(owner, sizes=grid, remedy=remedy, **{name: (maps, "B D h w")})
+        if features.mask is not None:
+            _check.bind(owner, sizes=grid, mask=(features.mask, "B h w"))
+            _check.boolean(owner, mask=features.mask)
+        return features
 
     def outputs(self, images: Tensor) -> Outputs:
         """Every tensor of the method figure, for losses and pictures."""
-        _check.bind("FFR.outputs", images=(images, "B 3 H W"))
-        final, intermediate, mask = self.encoder(images)
+        final, intermediate, mask = self.encode(images)
         low, high = self.frequency(final)
         return Outputs(
             final=final,
@@ -186,8 +226,7 @@ class FFR(nn.Module):
 
         Where the image is not a whole number of patches they come at the image's size instead, padding cut off.
         """
-        _check.bind("FFR.cams", images=(images, "B 3 H W"))
-        features = self.encoder(images)
+        features = self.encode(images)
         height, width = images.shape[2:]
         patch = self.encoder.patch_size
         raw = self.classifier.cam(features.final), self.intermediate_classifier.cam(features.intermediate)

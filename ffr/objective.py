@@ -146,7 +146,7 @@ class FFRLoss(nn.Module):
             cam, cam_inter = multi_scale_cam(
                 model.cams, images, scales=self.scales, flip=self.flip, labels=labels, max_present=max_present
             )
-        final, intermediate, mask = model.encoder(images)
+        final, intermediate, mask = model.encode(images)
         exact = torch.promote_types(final.dtype, torch.float32)
         target = (labels > 0.5).to(exact)
         logits = model.classifier(final, mask=mask)

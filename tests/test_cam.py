@@ -134,6 +134,8 @@ def test_features_and_weights_without_a_floating_dtype_are_refused():
         class_activation_map(torch.zeros(1, 4, 2, 2), torch.zeros(3, 4, dtype=torch.long))
     with pytest.raises(TypeError, match="class_activation_map: expected `features` of a floating dtype"):
         class_activation_map(torch.zeros(1, 4, 2, 2, dtype=torch.long), torch.zeros(3, 4))
+    with pytest.raises(TypeError, match=r"class_activation_map: expected `weight` to be a torch\.Tensor, got Linear"):
+        class_activation_map(torch.zeros(1, 4, 2, 2), torch.nn.Linear(4, 3))
 
 
 # Normalised CAM ---------------------------------------------------------------------------------------------------
@@ -360,17 +362,37 @@ def test_no_gradient_no_change_of_mode_and_nothing_edited():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_cams_come_in_the_precision_of_the_maps(dtype):
-    cam = multi_scale_cam(lambda x: x[:, :, ::4, ::4].to(dtype), torch.rand(1, 3, 16, 16))
-    assert cam.dtype == dtype and cam.isfinite().all() and cam.max() == 1
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("of_maps", FLOATS)
+@pytest.mark.parametrize("of_images", [*FLOATS, torch.uint8])
+def test_cams_come_in_the_wider_precision_of_images_and_maps(of_images, of_maps):
+    images = torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    images = images if of_images == torch.uint8 else (images / 255).to(of_images)
+    cam = multi_scale_cam(lambda x: x[:, :, ::4, ::4].to(of_maps), images)
+    wider = torch.promote_types(torch.float32 if of_images == torch.uint8 else of_images, of_maps)
+    assert cam.dtype == wider and cam.isfinite().all() and cam.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_half_precision_are_summed_in_single_and_rounded_once(dtype):
+    images = noise(0, 2, 3, 24, 32, dtype=dtype).sigmoid()
+    maps = {(24, 32): noise(1, 4, 3, 6, 8, dtype=dtype), (12, 16): noise(2, 4, 3, 3, 4, dtype=dtype)}
+    halves, exact = (
+        multi_scale_cam(lambda x, to=to: maps[tuple(x.shape[2:])].to(to), images.to(to), scales=(1.0, 0.5))
+        for to in (dtype, torch.float64)
+    )
+    step = torch.finfo(dtype).eps / 2  # the most that one rounding moves a number in [0, 1]
+    assert_close(halves.double(), exact, rtol=0, atol=step)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_network_keeps_the_autocast_of_its_caller_and_trains_after_it(dtype):
     net, images = torch.nn.Conv2d(3, 2, 3, padding=1), torch.rand(1, 3, 8, 8)
     with torch.autocast("cpu", dtype=dtype):
-        assert multi_scale_cam(net, images).dtype == dtype
+        assert net(images).dtype == dtype and multi_scale_cam(net, images).dtype == torch.float32
+        multi_scale_cam(net, images)
         net(images).float().square().sum().backward()
     assert net.weight.grad is not None and net.weight.grad.ne(0).any()
     assert multi_scale_cam(net, images).dtype == torch.float32
@@ -463,6 +485,11 @@ def test_thresholds_that_do_not_fit_are_refused(settings, message):
 def test_a_map_without_a_class_axis_is_refused():
     with pytest.raises(ValueError, match=r"cam_to_label: expected `cam` of shape \(B, K, H, W\), got \(3, 4, 4\)"):
         cam_to_label(torch.zeros(3, 4, 4), background=0.5)
+
+
+def test_a_label_map_in_the_place_of_a_cam_is_refused():
+    with pytest.raises(TypeError, match=r"cam_to_label: expected `cam` of a floating dtype, got torch\.int64"):
+        cam_to_label(torch.ones(1, 2, 4, 4, dtype=torch.long), background=0.5)
 
 
 @given(seeds, st.sampled_from([torch.uint8, torch.int32, torch.int64]))

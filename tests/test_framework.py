@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -83,6 +85,17 @@ def check_shapes(out, batch, channels, classes, grid):
 )
 def test_every_output_has_its_shape_on_any_grid(size, grid):
     check_shapes(tiny().outputs(pictures(*size)), 2, 8, 5, grid)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.sampled_from([0, 0.2, 0.5]))
+def test_at_any_size_a_call_is_the_segmentation_and_the_bands_add_up(height, width, patch, mu):
+    model, images = tiny(patch_size=patch, mu=mu), pictures(height, width)
+    out = model.outputs(images)
+    check_shapes(out, 2, 8, 5, (-(-height // patch), -(-width // patch)))
+    assert_close(model(images), out.seg)
+    assert_close(out.low + out.high, out.final)
+    assert_close(model(images[1:]), out.seg[1:])
 
 
 def test_a_vision_transformer_of_timm_fits_in():
@@ -223,6 +236,46 @@ def test_an_encoder_that_misses_the_protocol_is_refused(lacking):
         ffr.FFR(Odd(), 5)
 
 
+class Given:
+    """An encoder that gives what it is told."""
+
+    embed_dim, patch_size = 3, 8
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, images):
+        patches = F.avg_pool2d(images, 8, ceil_mode=True)
+        return self.change(patches)
+
+
+@pytest.mark.parametrize("call", ["forward", "outputs", "cams"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: (x, x), TypeError, r"expected ffr\.encoder\.Features, got tuple\. Return Features"),
+        (
+            lambda x: Features(x[..., :5, :7], x[..., :5, :7]),  # rounded down
+            ValueError,
+            r"expected `final` of shape \(B=2, D=3, h=6, w=7\), got \(2, 3, 5, 7\)\. Pad images of 41 x 50 to .* 8",
+        ),
+        (lambda x: Features(x[:1], x), ValueError, r"expected `final` of shape \(B=2, .*got \(1, 3, 6, 7\)"),
+        (lambda x: Features(x[:, :2], x), ValueError, r"expected `final` of shape .*D=3, .*got \(2, 2, 6, 7\)"),
+        (lambda x: Features(x.flatten(2), x), ValueError, r"expected `final` of shape .*got \(2, 3, 42\)"),
+        (lambda x: Features(x, x[..., :-1]), ValueError, r"expected `intermediate` of shape .*got \(2, 3, 6, 6\)"),
+        (lambda x: Features(x, x, x[:, 0]), TypeError, r"expected `mask` of dtype torch\.bool"),
+        (lambda x: Features(x, x, x[:, 0, 1:] > 0), ValueError, r"expected `mask` of shape .*got \(2, 5, 7\)"),
+    ],
+)
+def test_an_encoder_that_gives_something_else_is_named(change, error, message, call):
+    model = ffr.FFR(Given(change), 5, hidden=6).double()
+    with pytest.raises(error, match=rf"^FFR: result of the encoder Given: {message}"):
+        getattr(model, call)(pictures(41, 50))
+    with pytest.raises(error, match=rf"^FFR: result of the encoder Given: {message}"):
+        ffr.FFRLoss(model, affinity_start=1)(pictures(41, 50), LABELS, step=0)
+    assert ffr.FFR(Given(lambda x: Features(x, x, x[:, 0] > -1)), 5, hidden=6).double()(pictures(41, 50)).shape[1] == 6
+
+
 @pytest.mark.parametrize("name", ["forward", "outputs", "cams"])
 @pytest.mark.parametrize("shape", [(3, 40, 56), (2, 1, 40, 56), (2, 40, 56, 3)])
 def test_images_of_another_shape_are_refused(name, shape):
@@ -271,6 +324,26 @@ def test_the_rectification_in_one_call_is_its_three_parts(mu, seed_threshold, ga
     assert_close(*(torch.autograd.grad(each, features, retain_graph=True)[0] for each in (ours.loss, loss)))
 
 
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 7), st.permutations(range(4)))
+def test_a_mirrored_scene_and_classes_of_another_order_are_rectified_alike(seed, h, w, order):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, 5, h, w, dtype=torch.float64, generator=generator)
+    cam = torch.rand(2, 4, h, w, dtype=torch.float64, generator=generator)
+    labels = (torch.rand(2, 4, generator=generator) > 0.4).float()
+    rectify = ffr.FrequencyRectification(mu=0.2)
+    loss, low, high, selected = rectify(features, cam, labels)
+    assert 0 <= loss <= 2
+    assert_close(low + high, features)
+    assert not selected[labels == 0].any()
+    turned = rectify(features.flip(2).transpose(2, 3), cam.flip(2).transpose(2, 3), labels)
+    named = rectify(features, cam[:, order], labels[:, order])
+    for ours, wanted in ((turned.loss, loss), (turned.low, low.flip(2).transpose(2, 3)), (named.loss, loss)):
+        assert_close(ours, wanted)
+    assert torch.equal(turned.selected, selected.flip(2).transpose(2, 3))
+    assert torch.equal(named.selected, selected[:, order])
+
+
 def test_tokens_serve_as_well_as_maps():
     features, cam, mask = example()
     rectify = ffr.FrequencyRectification()
@@ -289,6 +362,30 @@ def test_a_bound_of_the_present_classes_changes_nothing():
         rectify(features, cam, LABELS), rectify(features, cam, LABELS, max_present=2), strict=True
     ):
         assert_close(present, all_classes)
+
+
+def test_two_ranks_have_the_loss_and_the_gradient_of_one():
+    features, cam, _ = example()
+    labels = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 0, 0, 0]])  # not alike, so that the mean of two losses is another
+    rectify = ffr.FrequencyRectification(gap=0.2)
+    whole = rectify(features, cam, labels).loss
+    counts, losses = [], []
+
+    def collect(count):
+        counts.append(count)
+        return count
+
+    for rank in range(2):
+        rectify(features[rank : rank + 1], cam[rank : rank + 1], labels[rank : rank + 1], all_reduce=collect)
+    for rank in range(2):
+        part = slice(rank, rank + 1)
+        losses.append(
+            rectify(features[part], cam[part], labels[part], all_reduce=lambda _: sum(counts), world_size=2).loss
+        )
+    assert_close(sum(losses) / 2, whole)
+    alone = sum(rectify(features[i : i + 1], cam[i : i + 1], labels[i : i + 1]).loss for i in range(2)) / 2
+    assert (alone - whole).abs() > 1e-3
+    assert_close(*(torch.autograd.grad(each, features, retain_graph=True)[0] for each in (sum(losses) / 2, whole)))
 
 
 def test_without_a_present_class_the_rectification_is_an_exact_zero_of_the_graph():

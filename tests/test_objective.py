@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import no_host_sync
 from test_framework import TinyEncoder
 from torch import nn
@@ -111,6 +113,21 @@ def test_the_total_is_the_weighted_sum_of_the_terms_of_the_method():
     ours, theirs = grads(loss, terms.total), grads(loss, total)
     for name, grad in theirs.items():
         assert_close(ours[name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sampled_from([0.0, 0.05, 0.3, 1.0, 2.5]), min_size=5, max_size=5), st.integers(0, 6))
+def test_with_any_weights_at_any_step_the_total_is_the_sum_of_what_has_started(weights, step):
+    w_seg, lambda_h, lambda_l, w_aff, w_reg = weights
+    images, labels = batch(16, 24)
+    names = dict(zip(("w_seg", "lambda_h", "lambda_l", "w_aff", "w_reg"), weights, strict=True))
+    terms = objective(start=3, affinity_start=4, scales=(1.0,), **names)(images, labels, step=step)
+    total = terms.cls + terms.cls_inter + w_seg * (terms.seg + lambda_h * terms.seg_high)
+    total = total + lambda_l * terms.rect + w_aff * terms.aff + w_reg * terms.energy
+    assert_close(terms.total.detach(), total)
+    on = {"seg": w_seg, "seg_high": w_seg * lambda_h, "rect": lambda_l, "energy": w_reg}
+    assert {name: bool(getattr(terms, name)) for name in on} == {name: w > 0 and step >= 3 for name, w in on.items()}
+    assert bool(terms.aff) == (w_aff > 0 and step >= 4)
 
 
 def test_the_defaults_are_those_of_the_method():

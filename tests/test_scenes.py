@@ -316,7 +316,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, argument
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"write_voc needs Pillow: pip install 'ffr\[examples\]'"):
+    with pytest.raises(ImportError, match=r"write_voc: needs Pillow.*pip install -e '\.\[examples\]'"):
         write_voc(tmp_path / "scenes")
 
 

@@ -123,7 +123,9 @@ def write_voc(
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("write_voc needs Pillow: pip install 'ffr[examples]'") from error
+        raise ImportError(
+            "write_voc: needs Pillow. Run pip install -e '.[examples]' in the checkout of ffr."
+        ) from error
     from ffr.draw import save_label
 
     root = Path(root)
