@@ -17,7 +17,12 @@ from ffr.refine import PixelAdaptiveRefinement, refine_label
 
 
 class Terms(NamedTuple):
-    """The weighted sum, with its graph, and every term unweighted and detached; 0 where a term is off."""
+    """The weighted sum, with its graph, and every term unweighted and detached; 0 where a term is off.
+
+    The last three are no terms but what to watch beside them, shares in [0, 1] of this rank's batch: `ignored` and
+    `foreground` of the pixels in the pseudo label of the final CAM, `selected` of the (token, valid class) pairs. A
+    label that is nearly all ignored, or has hardly any foreground, teaches nothing.
+    """
 
     total: Tensor
     cls: Tensor
@@ -27,6 +32,9 @@ class Terms(NamedTuple):
     rect: Tensor
     aff: Tensor
     energy: Tensor
+    ignored: Tensor
+    foreground: Tensor
+    selected: Tensor
 
 
 class FFRLoss(nn.Module):
@@ -153,7 +161,7 @@ class FFRLoss(nn.Module):
         cls = F.multilabel_soft_margin_loss(logits.to(exact), target)
         logits = model.intermediate_classifier(intermediate, mask=mask)
         cls_inter = F.multilabel_soft_margin_loss(logits.to(exact), target)
-        seg = seg_high = rect = aff = energy = cls.new_zeros(())
+        seg = seg_high = rect = aff = energy = ignored = foreground = selected = cls.new_zeros(())
         reduce = {"all_reduce": self.all_reduce, "world_size": self.world_size}
 
         if rect_on or high_on:
@@ -168,6 +176,8 @@ class FFRLoss(nn.Module):
                 refinement=self.refinement,
                 max_present=max_present,
             )
+            ignored = (pseudo[0] == 255).to(exact).mean()
+            foreground = ((pseudo[0] > 0) & (pseudo[0] != 255)).to(exact).mean()
             full = self._full(model.head(final), size)
             if seg_on:
                 seg = self.segmentation(full, pseudo[0], **reduce)
@@ -179,16 +189,20 @@ class FFRLoss(nn.Module):
             vectors, valid = self.prototypes(
                 final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present
             )
-            rect = self.rectification(features=final, low=low, prototypes=vectors, valid=valid, mask=mask, **reduce).to(
-                exact
-            )
+            parts = {"features": final, "low": low, "prototypes": vectors, "valid": valid, "mask": mask}
+            if isinstance(self.rectification, RectificationLoss) and self.rectification.gap is not None:
+                parts["selected"] = self.rectification.select(**parts)
+                tokens = final[0, 0].numel() if mask is None else mask.flatten(1).sum(1)
+                selected = parts["selected"].sum() / (valid.sum(1) * tokens).sum().clamp(min=1)
+            rect = self.rectification(**parts, **reduce).to(exact)
         if aff_on:
             grid_label = cam_to_label(self._to_grid(cam_inter, final), high=self.affinity_high, low=self.affinity_low)
             aff = self.affinity(final, grid_label, mask=mask, **reduce).to(exact)
 
         segmentation = self.w_seg * (seg + self.lambda_h * seg_high)
         total = cls + cls_inter + segmentation + self.lambda_l * rect + self.w_aff * aff + self.w_reg * energy
-        return Terms(total, *(term.detach() for term in (cls, cls_inter, seg, seg_high, rect, aff, energy)))
+        shown = (cls, cls_inter, seg, seg_high, rect, aff, energy, ignored, foreground, selected)
+        return Terms(total, *(term.detach().to(exact) for term in shown))
 
     def _full(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

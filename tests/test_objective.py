@@ -19,6 +19,7 @@ from ffr.encoder import Features
 
 LABELS = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
 TERMS = ("cls", "cls_inter", "seg", "seg_high", "rect", "aff", "energy")
+SHARES = ("ignored", "foreground", "selected")
 FINAL = {"encoder.stem", "encoder.middle", "encoder.last"}
 PAR = {"dilations": (1, 2, 4), "iterations": 3}  # smaller than the default, for speed
 
@@ -130,6 +131,31 @@ def test_with_any_weights_at_any_step_the_total_is_the_sum_of_what_has_started(w
     assert bool(terms.aff) == (w_aff > 0 and step >= 4)
 
 
+def test_the_shares_are_those_of_the_label_and_of_the_selection():
+    images, labels = batch()
+    loss = objective(high=0.55, low=0.3)
+    terms, model = loss(images, labels, step=0), loss.model
+    cam = multi_scale_cam(model.cams, images, scales=loss.scales, labels=labels)[0]
+    label = ffr.refine_label(images, cam, labels, high=0.55, low=0.3, refinement=loss.refinement)
+    assert terms.ignored == (label == 255).double().mean() > 0
+    assert terms.foreground == ((label > 0) & (label < 255)).double().mean() > 0
+    x = model.encoder(images).final
+    vectors, valid = ffr.class_prototypes(x, model.classifier.cam(x), labels)
+    picked = ffr.select_tokens(
+        features=x, low=ffr.split_bands(x, 0.2).low, prototypes=vectors, valid=valid, gap=loss.rectification.gap
+    )
+    assert terms.selected == pytest.approx(float(picked.sum() / (valid.sum() * x[0, 0].numel())))
+    assert 0 < terms.selected < 1
+    before = objective(start=1)(images, labels, step=0)
+    assert before.ignored == before.foreground == before.selected == 0
+
+
+def test_without_guidance_by_classes_nothing_is_selected_and_the_loss_is_the_same_as_alone():
+    images, labels = batch()
+    terms = objective(rectification=ffr.RectificationLoss(gap=None))(images, labels, step=0)
+    assert terms.rect > 0 and terms.selected == 0
+
+
 def test_the_defaults_are_those_of_the_method():
     loss = ffr.FFRLoss(ffr.FFR(TinyEncoder(), 5, hidden=6))
     assert (loss.start, loss.affinity_start) == (2000, 0)
@@ -148,7 +174,7 @@ def test_all_but_the_total_are_detached_scalars_without_their_weight():
     images, labels = batch()
     terms = objective()(images, labels, step=0)
     heavy = objective(w_seg=5.0, lambda_h=7.0, lambda_l=9.0, w_aff=11.0, w_reg=13.0)(images, labels, step=0)
-    assert terms._fields == ("total", *TERMS)
+    assert terms._fields == ("total", *TERMS, *SHARES)
     assert terms.total.requires_grad
     for name in TERMS:
         value = getattr(terms, name)
@@ -597,8 +623,8 @@ def test_the_objective_does_not_depend_on_the_number_of_ranks(labels):
         raise errors[0]
     assert ranks.calls == 4  # both segmentation losses, the rectification, the affinity
     (one, one_grads), (two, two_grads) = results
-    for first, second, both in zip(one, two, wanted, strict=True):
-        assert_close((first + second) / 2, both)
+    for name in ("total", *TERMS, "ignored", "foreground"):  # a share of pairs is each rank's own
+        assert_close((getattr(one, name) + getattr(two, name)) / 2, getattr(wanted, name))
     for name, grad in wanted_grads.items():
         assert_close((one_grads[name] + two_grads[name]) / 2, grad)
     # and it is not so by chance: ranks that count for themselves give another objective

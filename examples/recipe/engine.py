@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ffr import FFR, FFRLoss
 from ffr.cam import cam_to_label, normalize_cam, to_image
