@@ -199,7 +199,7 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
         refinement=objective.refinement,
     )
     picture, figures = settings.out / "quickstart.png", settings.out / "quickstart.json"
-    title = f"FFR on test scenes after {settings.steps} steps from image-level labels alone"
+    title = f"FFR on test scenes after {settings.steps} steps from image-level labels alone, one row per class"
     with written(picture) as path:
         save_picture(path, images, masks, labels, shown, CLASSES, mu=model.frequency.mu, title=title)
     packages = {"python": platform.python_version(), "ffr": ffr.__version__}

@@ -20,17 +20,17 @@ from ffr.rectification import RectificationLoss
 from ffr.refine import refine_label
 
 COLUMNS = (
-    ("image", "and the class\nshown in its row"),
-    ("spectrum", "of the features, log scale;\nbox: the low band (mu)"),
-    ("CAM", "where the class is seen;\ndark 0, bright 1"),
-    ("low-band CAM", "the low band alone,\non the CAM's scale"),
-    ("high-band CAM", "the high band alone,\non the CAM's scale"),
-    ("selected tokens", "similarity to the class\nchanges without high band"),
-    ("pseudo label", "CAM refined by colour;\nthe training target"),
-    ("prediction", "of the trained head,\nno label needed"),
-    ("truth", "never seen\nin training"),
+    ("image", "the class of the row\nis named on the left"),
+    ("spectrum", "frequencies of the\nfeatures, log scale;\nbox: low band, mu {mu:g}"),
+    ("CAM", "where the classifier\nsees the class:\ndark no, bright yes"),
+    ("low-band CAM", "the same, from the\nlow frequencies alone"),
+    ("high-band CAM", "from the high ones\nalone, on the scale\nof the CAM"),
+    ("selected tokens", "similarity to the class\nchanges when the high\nband is dropped"),
+    ("pseudo label", "the CAMs, refined by\ncolour: what the head\nis trained on"),
+    ("prediction", "of the trained head,\nfrom the image alone"),
+    ("truth", "for scoring only,\nnever trained on"),
 )
-UNDECIDED = "undecided (ignored in training)"
+UNDECIDED = "undecided, not trained on"
 
 
 @torch.no_grad()
@@ -89,13 +89,20 @@ def save_picture(
         title: one line above the picture.
     """
     rows = [(i, int(k)) for i in range(len(images)) for k in labels[i].nonzero().flatten()]
-    side = 1.45
-    figure = Figure(figsize=(side * len(COLUMNS) + 0.3, side * len(rows) * 1.04 + 1.75), dpi=110, facecolor="white")
+    panel, gap, between, left, top, bottom = 1.45, 0.08, 0.24, 0.4, 1.3, 0.5  # inches; `between` images, else `gap`
+    drops = [panel + (gap if n and rows[n - 1][0] == i else between) for n, (i, _) in enumerate(rows)]
+    width, height = left + len(COLUMNS) * (panel + gap), top + sum(drops) - between + bottom
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
     palette = draw.palette()
     seen = {0}
-    for number, (line, (i, k)) in enumerate(zip(axes, rows, strict=True)):
+    y = height - top + between
+    for number, ((i, k), drop) in enumerate(zip(rows, drops, strict=True)):
+        y -= drop
+        line = [
+            figure.add_axes(((left + column * (panel + gap)) / width, y / height, panel / width, panel / height))
+            for column in range(len(COLUMNS))
+        ]
         image = images[i]
         pixels = image.permute(1, 2, 0).numpy()
         faint = (pixels * 0.35 + 255 * 0.65).astype(np.uint8)
@@ -103,29 +110,25 @@ def save_picture(
         for label in (shown["pseudo"][i], shown["prediction"][i], masks[i]):
             panels.append(draw.colorize(label))
             seen |= set(label.unique().tolist())
-        for axis, panel, (head, said) in zip(line, panels, COLUMNS, strict=True):
+        for axis, drawn, (head, said) in zip(line, panels, COLUMNS, strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
-            if panel is not None:
-                axis.imshow(panel, interpolation="nearest")
+            if drawn is not None:
+                axis.imshow(drawn, interpolation="nearest")
             if number == 0:
-                axis.set_title(head, fontsize=10, fontweight="bold", pad=26)
-                axis.text(
-                    0.5, 1.03, said, transform=axis.transAxes, ha="center", va="bottom", fontsize=6.5, color="#444"
-                )
-        line[0].set_ylabel(names[k], fontsize=10)
+                axis.set_title(head, fontsize=12, fontweight="bold", pad=42)
+                place = {"transform": axis.transAxes, "ha": "center", "va": "top", "color": "#333"}
+                axis.text(0.5, 1.36, said.format(mu=mu), fontsize=9, linespacing=1.1, **place)
+        line[0].set_ylabel(names[k], fontsize=12, fontweight="bold", color=palette[k + 1] / 255)
         _draw_spectrum(line[1], shown["spectrum"][i].numpy(), mu)
         _draw_selected(line[5], faint, shown["selected"][i, k].numpy(), palette[k + 1])
     handles = [
         Patch(facecolor=palette[v] / 255, label="background" if v == 0 else names[v - 1]) for v in sorted(seen - {255})
     ]
     handles.append(Patch(facecolor=palette[255] / 255, label=UNDECIDED))
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=11, y=0.995)
-    height = figure.get_size_inches()[1]
-    figure.subplots_adjust(
-        left=0.035, right=0.995, bottom=0.45 / height, top=1 - 1.1 / height, wspace=0.06, hspace=0.06
-    )
+    style = {"fontsize": 11, "frameon": False, "columnspacing": 1.2, "handlelength": 1.4}
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), **style)
+    figure.suptitle(title, fontsize=13, y=1 - 0.12 / height, va="top")
     figure.savefig(path, format="png")
 
 
@@ -136,6 +139,7 @@ def _enlarge(maps: Tensor, image: Tensor) -> Tensor:
 
 def _draw_spectrum(axis: Axes, spectrum: np.ndarray, mu: float) -> None:
     height, width = spectrum.shape
+    spectrum[height // 2, width // 2] = spectrum.max()  # the mean, which was left out, would outshine the rest
     axis.imshow(np.log(spectrum + 1e-3 * spectrum.max()), cmap="magma", interpolation="nearest")
     x, y = passed(width, mu), passed(height, mu)
     corner = (width // 2 - x - 0.5, height // 2 - y - 0.5)  # zero frequency lies at n // 2 after the shift
