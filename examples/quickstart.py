@@ -90,10 +90,11 @@ class Settings:
             raise ValueError(f"--seed: expected 0 or more, got {self.seed}.")
         if self.size % 4 or not 64 <= self.size <= 448:
             raise ValueError(f"--size: expected a multiple of 4 in [64, 448], got {self.size}.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out: expected a folder, got the file {self.out}. Name another one.")
+        for path in (self.out, *self.out.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
         try:
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, device=self.device).item()  # "meta" makes tensors, but none that can be read
         except (RuntimeError, AssertionError) as error:
             said = str(error).partition("\n")[0]
             raise ValueError(f"--device: {self.device!r} cannot be used here ({said}). Try --device cpu.") from error

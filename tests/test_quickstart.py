@@ -14,6 +14,7 @@ from recipe.data import SceneImages
 from recipe.files import written
 from recipe.scenes import Scenes, make_scenes
 from rich.console import Console
+from torch.nn import functional as F
 
 COUNTS = {"train": 32, "val": 16, "test": 16}
 
@@ -83,6 +84,67 @@ def test_another_seed_gives_other_batches():
     assert not torch.equal(a, b)
 
 
+def test_the_seed_decides_the_first_weights_and_the_scenes(small, monkeypatch):
+    one, same, other = (build(Settings(seed=seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["model.classifier.weight"], other["model.classifier.weight"])
+    asked = []
+
+    def stop(*arguments):
+        asked.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(quickstart, "make_scenes", stop)
+    with pytest.raises(InterruptedError):
+        quickstart.run(Settings(seed=7, size=96), Console(quiet=True))
+    assert asked == [("train", COUNTS["train"], 96, 7)]
+
+
+def test_the_other_losses_join_after_two_fifths_of_the_steps():
+    objective = build(Settings(steps=50))
+    assert objective.start == objective.affinity_start == 20
+
+
+def test_the_threshold_is_chosen_on_validation_scenes_and_never_on_test(monkeypatch):
+    seen = []
+
+    def spy(model, scenes, *, device, threshold=None):
+        seen.append((model, scenes, threshold))
+        return {"threshold": 0.25, "cam_miou": float(scenes == "test")}
+
+    monkeypatch.setattr(quickstart, "evaluate", spy)
+    assert quickstart.score("model", "val", "test", "cpu")["cam_miou"] == 1
+    assert seen == [("model", "val", None), ("model", "test", 0.25)]
+
+
+def test_the_figures_are_those_of_a_count_by_hand(small):
+    model, scenes = build(small).model, make_scenes("val", 12)
+    with torch.no_grad():
+        model.head.last.weight.normal_(generator=torch.Generator().manual_seed(2))
+        images, masks, labels = scenes.images, scenes.masks.long(), scenes.labels
+        out = model.eval().outputs(images)
+        seg, raw = (F.interpolate(maps, size=(64, 64), mode="bilinear") for maps in (out.seg, out.cam))
+        raw = raw.clamp(min=0)
+        low, peak = raw.amin((2, 3), keepdim=True), raw.amax((2, 3), keepdim=True)
+        cam = (raw - low) / (peak - low).clamp(min=1e-12) * labels[..., None, None]  # only the classes of the label
+        of_cam = torch.where(cam.amax(1) > 0.3, cam.argmax(1) + 1, 0)
+
+    def miou(guess):
+        both = [((guess == k) & (masks == k)).sum() for k in range(9)]
+        either = [((guess == k) | (masks == k)).sum() for k in range(9)]
+        found = [float(b / e) for k, (b, e) in enumerate(zip(both, either, strict=True)) if (masks == k).any()]
+        return 100 * sum(found) / len(found)
+
+    found = engine.evaluate(model, scenes, device="cpu", threshold=0.3, batch_size=5)
+    assert found["seg_miou"] == pytest.approx(miou(seg.argmax(1)))
+    assert found["cam_miou"] == pytest.approx(miou(of_cam))
+    boundary = quickstart.ffr.metrics.BoundaryIoU(9)
+    boundary.update(seg.argmax(1), masks)
+    assert found["boundary_iou"] == pytest.approx(100 * boundary.miou())
+    precision = quickstart.ffr.metrics.average_precision(out.logits, labels).nanmean()
+    assert found["classification_map"] == pytest.approx(100 * float(precision))
+
+
 def test_the_baseline_has_neither_high_band_head_nor_rectification(small):
     images, labels = torch.rand(2, 3, 64, 64), torch.ones(2, 8)
     terms = build(small, **quickstart.WITHOUT)(images, labels, step=10)
@@ -139,6 +201,7 @@ def test_evaluation_takes_the_threshold_it_is_given_and_keeps_the_mode(small):
         (["--size", 66], r"--size: expected a multiple of 4 in \[64, 448\], got 66"),
         (["--size", 32], r"--size: .*got 32"),
         (["--device", "abacus"], r"--device: 'abacus' cannot be used here"),
+        (["--device", "meta"], r"--device: 'meta' cannot be used here"),
     ],
 )
 def test_unusable_options_are_refused_by_name(arguments, message, monkeypatch, capsys, tmp_path):
@@ -147,10 +210,11 @@ def test_unusable_options_are_refused_by_name(arguments, message, monkeypatch, c
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_as_output_folder_is_refused(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("below", ["", "folder", "folder/of/folders"])
+def test_a_file_as_output_folder_is_refused(below, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert run_main(monkeypatch, "--out", tmp_path / "file") == 2
-    assert "--out: expected a folder" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--out", tmp_path / "file" / below) == 2
+    assert f"--out: expected a folder, got the file {tmp_path / 'file'}." in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
