@@ -387,6 +387,10 @@ class EvalImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.split.items)
 
+    def name(self, index: int) -> str:
+        """Of an image, for a message."""
+        return self.split.items[index].name
+
     def __getitem__(self, index: int) -> Example:
         item, classes = self.split.items[index], len(self.split.classes)
         image = read_image(item.image)
@@ -404,9 +408,13 @@ class SceneExamples(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.scenes.images)
 
+    def name(self, index: int) -> str:
+        """Of a scene."""
+        return f"{index:05d}"
+
     def __getitem__(self, index: int) -> Example:
         images, masks, labels = self.scenes
-        return Example(f"{index:05d}", images[index], masks[index], labels[index])
+        return Example(self.name(index), images[index], masks[index], labels[index])
 
 
 def collate(batch: Sequence[Example]) -> Example:

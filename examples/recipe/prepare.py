@@ -184,7 +184,7 @@ def work(
             return list(bar.track(map(run, tasks), total=len(tasks), description=title))
         # Spawned, not forked: torch and the progress bar have threads by now.
         context = get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=start_worker) as pool:
             try:
                 results = pool.map(run, tasks, chunksize=max(1, min(32, len(tasks) // (4 * count))))
                 return list(bar.track(results, total=len(tasks), description=title))
@@ -205,7 +205,8 @@ def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
         return Done(getattr(task, "name", str(task)), problem=str(error))
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a worker process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then cancels the rest
     torch.set_num_threads(1)
 
