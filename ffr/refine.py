@@ -209,7 +209,8 @@ def refine_label(
         decided = []
         for stack in merged.chunk(len(stacks), 1):
             full = F.interpolate(stack, size=(height, width), mode="bilinear", align_corners=False)
-            decided.append(names.gather(1, full.argmax(1).flatten(1)).reshape(-1, height, width))
+            best = full.max(1).indices  # argmax over a strided axis takes 20 times as long on a CPU
+            decided.append(names.gather(1, best.flatten(1)).reshape(-1, height, width))
         results = tuple(
             torch.where(sure > 0, sure, torch.where(maybe > 0, ignore_index, 0))
             for sure, maybe in zip(decided[::2], decided[1::2], strict=True)
