@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_names_its_term_and_step(small, monkeypatch):
     objective = build(small)
     with torch.no_grad():
         objective.model.intermediate_classifier.weight.fill_(math.nan)
-    with pytest.raises(engine.Diverged, match=r"step 0: the loss term `cls_inter` is nan"):
+    with pytest.raises(engine.Diverged, match=r"step 0: the loss term `cls_inter` is not finite"):
         engine.train(objective, make_scenes("train", 4), steps=2, batch_size=2, lr=1e-3, seed=0, device="cpu")
 
 

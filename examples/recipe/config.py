@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ffr import FFR, FFRLoss, PixelAdaptiveRefinement
 from ffr.prototypes import ClassPrototypes
 from ffr.rectification import RectificationLoss
@@ -94,7 +96,7 @@ class Config:
     """weight of the affinity loss"""
     w_reg: float = 0.05
     """weight of the dense energy"""
-    start: int = 2000
+    seg_start: int = 2000
     """step from which segmentation, rectification and energy count"""
     affinity_start: int = 0
     """step from which the affinity loss counts"""
@@ -147,7 +149,7 @@ class Config:
         """Refuse values that cannot be used, by the name of their flag."""
         for name in ("steps", "batch_size", "accumulate", "crop", "hidden", "dilation", "log_every"):
             _expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "seed", "val_every", "save_every", "start", "affinity_start", "warmup"):
+        for name in ("workers", "seed", "val_every", "save_every", "seg_start", "affinity_start", "warmup"):
             _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("w_seg", "lambda_h", "lambda_l", "w_aff", "w_reg", "weight_decay", "clip", "power"):
             _expect(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
@@ -228,7 +230,7 @@ SCENES = Config(
     cam_threshold=0.1,
     w_seg=0.3,
     w_reg=0.0,
-    start=560,
+    seg_start=560,
     affinity_start=560,
     steps=1400,
     batch_size=16,
@@ -245,7 +247,7 @@ PRESETS = {
     "coco": (
         "MS COCO 2014, the paper's recipe",
         replace(
-            VOC, data=Path("data/coco"), out=Path("runs/coco"), steps=80_000, batch_size=8, start=8000,
+            VOC, data=Path("data/coco"), out=Path("runs/coco"), steps=80_000, batch_size=8, seg_start=8000,
             affinity_start=12_000, high=0.65, affinity_high=0.65, cam_threshold=0.45, val_every=8000, val_images=5000,
         ),
     ),
@@ -257,11 +259,27 @@ PRESETS = {
 }  # fmt: skip
 
 
+def on_cpu(device: str, precision: str) -> bool:
+    """Whether to compute on the CPU; a ValueError names the flag that this machine cannot follow."""
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("--device: torch sees no GPU here. Use --device cpu, or install torch for your GPU.")
+    if device == "auto" and not gpu and precision != "fp32":
+        raise ValueError(
+            f"--precision: {precision} is for a GPU, and torch sees none here. Use --precision fp32, or --device cpu "
+            "to compute in bf16 all the same."
+        )
+    cpu = device == "cpu" or not gpu
+    if cpu and precision == "fp16":
+        raise ValueError("--precision: fp16 needs a GPU. Use bf16 or fp32.")
+    return cpu
+
+
 def build_objective(config: Config, model: FFR, **ranks: Any) -> FFRLoss:
     """The objective of a run around its network; `ranks` are `all_reduce` and `world_size`."""
     return FFRLoss(
         model,
-        start=config.start,
+        start=config.seg_start,
         affinity_start=config.affinity_start,
         high=config.high,
         low=config.low,

@@ -290,11 +290,15 @@ class TrainImages(Dataset[tuple[Tensor, Tensor]]):
         """What sample number n shows, for a message."""
         return self.item(n).name
 
+    def names(self) -> list[str]:
+        """Of all images, each with its labels: what decides the samples beside the settings."""
+        return [f"{item.name} {sorted(item.labels or ())}" for item in self.split.items]
+
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         item = self.item(n)
         image = read_image(item.image)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.seed, 1, n))  # torch.manual_seed would reseed every GPU too
+            torch.default_generator.manual_seed(mixed(self.seed, 1, n))  # torch.manual_seed would reseed every GPU too
             return self.augment(image), _row(item.labels or (), len(self.split.classes))
 
 
@@ -321,11 +325,11 @@ def samples(step: int, batch_size: int, rank: int, world_size: int, accumulate: 
 
 @functools.lru_cache(maxsize=4)  # a batch may span two epochs
 def _order(seed: int, epoch: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(_seed(seed, 0, epoch))
+    generator = torch.Generator().manual_seed(mixed(seed, 0, epoch))
     return torch.randperm(count, generator=generator).tolist()
 
 
-def _seed(*entropy: int) -> int:
+def mixed(*entropy: int) -> int:
     """Mix numbers to one of 32 bits, all that torch's generator takes in; neighbours get unrelated ones."""
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -363,6 +367,10 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     def name(self, n: int) -> str:
         """What sample number n shows, for a message."""
         return f"scene {n % self.batch_size} of step {n // self.batch_size}"
+
+    def names(self) -> list[str]:
+        """None: the settings decide the scenes."""
+        return []
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         images, labels = self.batch(n // self.batch_size)

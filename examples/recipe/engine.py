@@ -1,22 +1,37 @@
-"""What every training run needs: optimiser, schedule, one loop, one evaluation."""
+"""What every training run needs: optimiser, schedule, the loop, one evaluation."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint import state_dict
+from torch.utils.data import DataLoader
 
 from ffr import FFR, FFRLoss
 from ffr.cam import cam_to_label, normalize_cam, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
 from ffr.objective import Terms
-from recipe.data import SceneImages
+from recipe.config import Config, build_objective
+from recipe.data import SceneImages, TrainImages, mixed, samples
+from recipe.network import build_model
 from recipe.scenes import Scenes
+
+NEVER = 2**53  # a step that no run reaches, and a float64 holds
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Diverged(RuntimeError):
-    """A loss term is no longer finite; the message names it and the step."""
+    """A loss term is no longer finite: which, since which step, and the terms where that was seen."""
+
+    def __init__(self, term: str, step: int, values: dict[str, float]) -> None:
+        super().__init__(f"step {step}: the loss term `{term}` is not finite. Lower the learning rate.")
+        self.term, self.step, self.values = term, step, values
 
 
 def optimizer(model: FFR, lr: float, *, weight_decay: float, head_scale: float) -> torch.optim.AdamW:
@@ -45,6 +60,185 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, *, power: flo
     return peak * (1 - step / steps) ** power
 
 
+class Trainer:
+    """One training run: network, objective and optimiser on the devices that accelerate found.
+
+    Args:
+        config: all settings.
+        samples: what to train on, by sample number.
+        num_classes: K.
+        accelerator: places, wraps and reduces. One process, or one a rank.
+
+    The objective of a step is the same for any number of ranks: counts are summed over them, and a sample is drawn from
+    its number. So are the steps after a restart.
+    """
+
+    def __init__(
+        self, config: Config, samples: TrainImages | SceneImages, num_classes: int, accelerator: Accelerator
+    ) -> None:
+        self.config, self.samples, self.accelerator = config, samples, accelerator
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        parts = self.ranks * config.accumulate
+        if config.batch_size % parts:
+            raise ValueError(
+                f"--batch-size: expected a multiple of ranks x --accumulate = {self.ranks} x {config.accumulate}, got "
+                f"{config.batch_size}."
+            )
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, num_classes).to(accelerator.device)
+        together = {"all_reduce": self.total, "world_size": self.ranks} if self.ranks > 1 else {}
+        self.objective = build_objective(config, self.model, **together).train()
+        if config.compile:
+            self.model.encoder.compile()
+            self.objective.refinement.compile()
+        if self.ranks > 1 and any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
+            if accelerator.device.type == "cpu":
+                raise ValueError("--model: batch norm cannot be shared by ranks on a CPU. Run one process, or a ViT.")
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.wrapped: nn.Module
+        if config.fsdp:
+            self.wrapped = _shard(self.objective, accelerator)
+        else:
+            self.wrapped = accelerator.prepare_model(self.objective)
+        adamw = optimizer(self.model, config.lr, weight_decay=config.weight_decay, head_scale=config.head_scale)
+        self.optimizer = accelerator.prepare_optimizer(adamw)
+        self._first_bad = torch.full((len(Terms._fields),), NEVER, device=accelerator.device)
+
+    def total(self, count: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.ranks == 1:
+            return count
+        count = count.clone()
+        distributed.all_reduce(count)
+        return count
+
+    def most(self, value: Tensor) -> Tensor:
+        """Maximum over ranks."""
+        value = value.clone()
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
+        return value
+
+    def run(self, start: int = 0) -> Iterator[tuple[int, dict[str, float] | None]]:
+        """Train from step `start` to the last. After each step: the steps done, and the terms where they were read.
+
+        Terms are the mean over the ranks, unweighted; reading them is the one time that the host waits.
+
+        Raises:
+            Diverged: where a term is not finite, at the next step at which it is looked at.
+            ValueError: for an image that cannot be read; names the file.
+        """
+        config, device = self.config, self.accelerator.device
+        batches = iter(self._loader(start))
+        for step in range(start, config.steps):
+            torch.manual_seed(mixed(config.seed, 2, step, self.rank))  # whatever a network draws, it draws again
+            rate = learning_rate(step, config.steps, config.warmup, config.lr, power=config.power)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            images, labels = next(batches)
+            share = len(images) // config.accumulate
+            values = torch.zeros(len(Terms._fields), device=device)
+            for part, (x, y) in enumerate(zip(images.split(share), labels.split(share), strict=True)):
+                present = max(1, int(y.sum(1).max()))  # still on the CPU: costs no synchronisation
+                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                with self._reducing(part == config.accumulate - 1):
+                    with self.accelerator.autocast():
+                        terms: Terms = self.wrapped(x, y, step=step, max_present=present)
+                    self.accelerator.backward(terms.total / config.accumulate)
+                values += torch.stack([term.detach() for term in terms]) / config.accumulate
+            first = torch.where(torch.isfinite(values), NEVER, step)
+            self._first_bad = torch.minimum(self._first_bad, first)
+            read = step % config.log_every == 0 or step == config.steps - 1
+            shown = self._read(values) if read else None  # before the weights move, so that they can be looked at
+            if config.clip > 0:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            yield step + 1, None if shown is None else {**shown, "lr": rate}
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimiser for rank 0, whole, on the CPU; every rank must ask. Any number of ranks can load it."""
+        model, optim = state_dict.get_state_dict(self.objective, self._adamw, options=WHOLE)
+        scaler = self.accelerator.scaler
+        return {"model": model, "optimizer": optim, "scaler": None if scaler is None else scaler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        state_dict.set_state_dict(
+            self.objective,
+            self._adamw,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=WHOLE,
+        )
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """``FFR.state_dict()``, whole; on every rank, and every rank must ask."""
+        return state_dict.get_model_state_dict(self.model, options=state_dict.StateDictOptions(full_state_dict=True))
+
+    def whole_model(self) -> FFR:
+        """The network for evaluation, outside the objective: itself, or a copy where its weights are divided."""
+        if not self.config.fsdp:
+            return self.model
+        copy = build_model(
+            replace(self.config, pretrained=False, checkpoint=None, grad_checkpointing=False), self.model.num_classes
+        )
+        copy.load_state_dict(self.weights())
+        return copy.to(self.accelerator.device)
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def _loader(self, start: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        config = self.config
+        numbers = [  # of one rank, step by step
+            samples(step, config.batch_size, self.rank, self.ranks, config.accumulate)
+            for step in range(start, config.steps)
+        ]
+        return DataLoader(
+            self.samples,
+            batch_sampler=numbers,
+            num_workers=config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _reducing(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are summed over ranks once a step, in its last part."""
+        if self.config.fsdp:
+            self.objective.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last or self.ranks == 1 else self.accelerator.no_sync(self.wrapped)
+
+    def _read(self, values: Tensor) -> dict[str, float]:
+        if self.ranks > 1:
+            values = self.total(values) / self.ranks
+            self._first_bad = -self.most(-self._first_bad)
+        both = torch.stack([values.double(), self._first_bad.double()]).tolist()
+        shown = dict(zip(Terms._fields, both[0], strict=True))
+        bad = dict(zip(Terms._fields, both[1], strict=True))
+        step = min(bad.values())
+        if step < NEVER:
+            names = [name for name in (*Terms._fields[1:], "total") if bad[name] == step]
+            raise Diverged(names[0], int(step), shown)
+        return shown
+
+
+def _shard(objective: FFRLoss, accelerator: Accelerator) -> nn.Module:
+    """FSDP, in place: each block of the encoder a unit, the rest another."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if accelerator.num_processes < 2:
+        raise ValueError("--fsdp: there is one rank alone. Launch with torchrun, or leave the flag out.")
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in getattr(getattr(objective.model.encoder, "model", None), "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
 def train(
     objective: FFRLoss,
     scenes: Scenes,
@@ -66,9 +260,9 @@ def train(
     adamw = optimizer(model, lr, weight_decay=weight_decay, head_scale=head_scale)
     objective.train()
     begin = time.perf_counter()
-    samples = SceneImages(scenes, batch_size, seed)
+    drawn = SceneImages(scenes, batch_size, seed)
     for step in range(steps):
-        images, labels = samples.batch(step)
+        images, labels = drawn.batch(step)
         now = learning_rate(step, steps, math.ceil(warmup * steps), lr)
         for group in adamw.param_groups:
             group["lr"] = now * group["scale"]
@@ -91,7 +285,7 @@ def _finite(terms: Terms, step: int) -> dict[str, float]:
     values = {name: float(value.detach()) for name, value in zip(terms._fields, terms, strict=True)}
     for name in (*terms._fields[1:], "total"):
         if not math.isfinite(values[name]):
-            raise Diverged(f"step {step}: the loss term `{name}` is {values[name]}. Lower the learning rate.")
+            raise Diverged(name, step, values)
     return values
 
 

@@ -1,0 +1,30 @@
+"""One bar for every training script; lines where there is no terminal."""
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+def progress(
+    console: Console, name: str, steps: int, *, quiet: bool = False
+) -> tuple[Progress, Callable[[int, dict[str, float]], None]]:
+    """A bar with step, rate, time left and loss terms; a line every tenth of the way where there is no terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(),
+        TextColumn("step {task.completed}/{task.total}, {task.fields[rate]}"), TimeRemainingColumn(),
+        TextColumn("{task.fields[terms]}"), console=console, disable=quiet or not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(f"{name:9}", total=steps, rate="", terms="")
+    marks = {max(1, steps * tenth // 10) for tenth in range(1, 11)}
+
+    def report(step: int, values: dict[str, float]) -> None:
+        terms = " ".join(f"{key} {value:.2f}" for key, value in values.items() if value)
+        speed = bar.tasks[0].speed
+        bar.update(task, completed=step, rate=f"{speed:.1f} steps/s" if speed else "", terms=terms)
+        reached = {mark for mark in marks if mark <= step}
+        if reached and not quiet and not console.is_terminal:
+            console.print(f"{name}: step {step}/{steps}, {terms}", soft_wrap=True)
+        marks.difference_update(reached)
+
+    return bar, report

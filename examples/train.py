@@ -1,0 +1,309 @@
+"""Train FFR from image-level labels: PASCAL VOC, MS COCO, a folder of your own, or the embedded scenes.
+
+    python examples/train.py scenes
+    python examples/train.py voc --data data/voc --precision bf16 --out runs/voc
+    torchrun --nproc-per-node 4 examples/train.py coco --data data/coco --precision bf16 --compile
+    python examples/train.py folder --data data/mine --lambda-h 0 --lambda-l 0        # the same without FFR
+    python examples/train.py voc --data data/voc --out runs/voc --resume
+
+Writes to --out: log.jsonl and tensorboard/ (terms, rates, validation), checkpoint-*.pt (the newest two), and the
+weights last.safetensors and best.safetensors (by segmentation mIoU on --val-split), which evaluate.py, predict.py and
+visualize.py read. The preset's name comes first; every field of recipe/config.py is a flag.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import tyro
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(f"train needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
+
+from recipe.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
+from recipe.config import PRESETS, Config, on_cpu
+from recipe.data import evaluation_data, training_data
+from recipe.engine import Diverged, Trainer
+from recipe.evaluation import Protocol, evaluate
+from recipe.files import written
+from recipe.progress import progress
+from recipe.weights import save_weights, versions
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """Lines of JSON, and the same numbers for TensorBoard; only rank 0 has one."""
+
+    def __init__(self, out: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, which a refused run should not wait for
+
+        path = out / LOG
+        kept = []
+        if start and path.is_file():  # what was logged after the checkpoint happens again
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line that a kill cut off
+                    if json.loads(line).get("step", 0) <= start:
+                        kept.append(line + "\n")
+        with written(path) as part:
+            part.write_text("".join(kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """One line, and a curve for each number in it."""
+        print(json.dumps({"step": step, "kind": kind, **values}), file=self.file, flush=True)
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush both."""
+        self.file.close()
+        self.board.close()
+
+
+def place(config: Config) -> Accelerator:
+    """Find the devices; refuse what they cannot do."""
+    return Accelerator(
+        cpu=on_cpu(config.device, config.precision),
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        # Before its start the segmentation head gets no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def claim(out: Path, resume: bool) -> None:
+    """Make the folder of the run, or refuse one that holds another run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
+    if not resume and (checkpoints(out) or (out / LOG).exists()):
+        raise ValueError(f"--out: {out} holds a run. Add --resume to go on with it, or name another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob(".*.*"):  # what a killed run was writing
+            if part.suffix in (".pt", ".safetensors", ".jsonl"):
+                part.unlink()
+        with written(out / ".writable"):
+            pass
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM goes on a list, so that the step can be finished and saved; a second one ends it."""
+    got: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        got.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """What happens around the steps: logs, validation, checkpoints."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, console: Console) -> None:
+        self.config, self.accelerator, self.console = config, accelerator, console
+        self.main = accelerator.is_main_process
+        self.samples, self.classes = training_data(config)
+        self.examples = None
+        if config.val_split is not None:
+            self.examples, classes = evaluation_data(config, config.val_split)
+            if classes != self.classes:
+                raise ValueError(f"--val-split: {config.val_split} has other classes than {config.train_split}.")
+        self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
+        self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
+        self.start, self.best = 0, -1.0
+        self.log: Log | None = None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint."""
+        content = load_checkpoint(self.config.out, self.config, same=self.same)
+        self.trainer.load(content)
+        self.start, self.best = content["step"], content["best"]
+        self.say(f"going on from step {self.start}")
+
+    def train(self) -> int:
+        """All steps; 0, or the exit code of what stopped them."""
+        config, done = self.config, self.start
+        if self.main:
+            self.log = Log(config.out, self.start)
+            about = {"config": config.to_json(), "versions": versions(), "ranks": self.accelerator.num_processes}
+            self.log.write(done, "run", {**about, "device": self._device(), "classes": self.classes, **self.same})
+        bar, report = progress(self.console, "train", config.steps, quiet=not self.main)
+        since, seen = time.perf_counter(), done
+        with interruptible() as signals, bar:
+            try:
+                for done, values in self.trainer.run(self.start):
+                    if values is not None:
+                        now = time.perf_counter()
+                        rate = (done - seen) * config.batch_size / (now - since)
+                        since, seen = now, done
+                        report(done, {name: value for name, value in values.items() if name != "lr"})
+                        if self.log is not None:
+                            self.log.write(done, "train", {**values, "images_per_second": rate})
+                    last = done == config.steps
+                    stop = self._stopped(signals, values is not None)
+                    if self.examples is not None and (last or _due(done, config.val_every)):
+                        self.validate(done)
+                        since, seen = time.perf_counter(), done
+                    if last or stop or _due(done, config.save_every):
+                        self.save(done)
+                    if stop and not last:
+                        self.say(
+                            f"interrupted after step {done}, which is saved; the same command with --resume goes on."
+                        )
+                        return 128 + stop
+            except Diverged as error:
+                self.say(self.save_evidence(error), error=True)
+                return 3
+            except ValueError:
+                if self.accelerator.num_processes == 1 and done > self.start:
+                    self.save(done)  # nothing of the training is lost to an image that cannot be read
+                raise
+            finally:
+                if self.log is not None:
+                    self.log.close()
+        return 0
+
+    def validate(self, done: int) -> None:
+        """Score on the validation split, single scale; keep the weights if they are the best so far."""
+        config, accelerator = self.config, self.accelerator
+        ranks = accelerator.num_processes
+        scores = evaluate(
+            self.trainer.whole_model(),
+            self.examples,
+            Protocol(threshold=config.cam_threshold, precision=config.precision),
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world_size=ranks,
+            reduce=self.trainer.total if ranks > 1 else None,
+            limit=config.val_images,
+            workers=config.workers,
+        )
+        if scores["seg_miou"] is None:
+            raise ValueError(f"--val-split: no image of {config.val_split} has a mask. Add --val-split None.")
+        better = scores["seg_miou"] > self.best
+        self.best = max(self.best, scores["seg_miou"])
+        weights = self.trainer.weights() if better else {}
+        if self.log is not None:
+            self.log.write(done, "val", scores)
+            if better:
+                path = config.out / "best.safetensors"
+                save_weights(path, weights, config, self.classes, step=done, scores=scores)
+        figures = {
+            "segmentation mIoU": scores["seg_miou"], "CAM": scores["cam_miou"],
+            "intermediate CAM": scores["cam_inter_miou"], "mAP": scores["classification_map"],
+        }  # fmt: skip
+        said = ", ".join(f"{name} {value:.1f}" for name, value in figures.items() if value is not None)
+        self.say(
+            f"step {done}: {scores['images']['segmentation']} images of {config.val_split}, single scale, CAM with "
+            f"known labels at threshold {config.cam_threshold}: {said}"
+        )
+
+    def save(self, done: int) -> None:
+        """A checkpoint, and the weights as they are."""
+        state, weights = self.trainer.state(), self.trainer.weights()
+        if self.main:
+            save_checkpoint(self.config.out, done, self.config, {**state, **self.same, "best": self.best})
+            save_weights(self.config.out / "last.safetensors", weights, self.config, self.classes, step=done)
+
+    def save_evidence(self, error: Diverged) -> str:
+        """What is needed to look at a term that is not finite: the images of its step, and the weights as they are."""
+        size = self.config.batch_size
+        numbers = list(range(error.step * size, (error.step + 1) * size))
+        path = self.config.out / "diverged.pt"
+        content = {
+            "step": error.step, "term": error.term, "values": error.values, "config": self.config.to_text(),
+            "samples": numbers, "images": [self.samples.name(n) for n in numbers], "model": self.trainer.weights(),
+        }  # fmt: skip
+        if self.main:
+            with written(path) as part:
+                torch.save(content, part)
+        kept = checkpoints(self.config.out)
+        back = f"--resume goes on from {kept[0].name}" if kept else "there is no checkpoint yet"
+        return (
+            f"train: {error} Its images and the weights are in {path}; {back}. With --log-every 1 the weights are "
+            "those before the step."
+        )
+
+    def say(self, text: str, *, error: bool = False) -> None:
+        """Print once, not once a rank."""
+        if self.main and error:
+            print(text, file=sys.stderr)
+        elif self.main:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _stopped(self, signals: list[int], reading: bool) -> int:
+        """The signal that came, if any; several ranks agree on it where they read the terms anyway."""
+        number = signals[0] if signals else 0
+        if self.accelerator.num_processes == 1:
+            return number
+        if not reading:
+            return 0
+        return int(self.trainer.most(torch.tensor(number, device=self.accelerator.device)))
+
+    def _device(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def main() -> int:
+    """0 trained, 2 refused, 3 a term was not finite, 128 + the signal that interrupted."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    console = Console()
+    try:
+        config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
+        config.check()
+        accelerator = place(config)
+        if accelerator.is_main_process:
+            claim(config.out, config.resume)
+        accelerator.wait_for_everyone()
+        run = Run(config, accelerator, console)
+        if config.resume:
+            run.resume()
+        code = run.train()
+        if code == 0:
+            best = f", best.safetensors ({run.best:.1f})" if run.best >= 0 else ""
+            run.say(f"wrote last.safetensors{best} and {LOG} in {config.out}")
+        return code
+    except (ValueError, OSError, RuntimeError) as error:
+        if not isinstance(error, (ValueError, OSError)) and "out of memory" not in str(error):
+            raise
+        text = str(error).strip().splitlines()
+        said = text[-1] if text and "DataLoader worker" in text[0] else "\n".join(text)  # what the worker said last
+        print(f"train: {said}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if main_rank:
+            print("train: interrupted; the newest checkpoint is whole, --resume goes on from it.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
