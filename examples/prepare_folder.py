@@ -25,13 +25,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 try:
-    from recipe.data import Item, check_name, decoding, read_image, read_mask
+    from recipe.data import SUFFIXES, Item, check_name, decoding, read_image, read_mask
     from recipe.prepare import Done, Summary, claim, command, digest, values_of, work
     from rich.console import Console
 except ImportError as error:
     sys.exit(f"prepare_folder needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
 PRODUCTS = tuple(f"{split}.json" for split in SPLITS)
 

@@ -1,21 +1,42 @@
 """Evaluation: the network at several scales, scores over a data set, and evaluate.py."""
 
-import math
+import json
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import evaluate as script
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.data import EvalImages, Item, SceneExamples, Split
-from recipe.evaluation import CHOSEN, FIXED, Protocol, activate, evaluate, evaluate_all, look, scales_of, segment
+from recipe.config import SCENES
+from recipe.data import EvalImages, Item, SceneExamples, Split, read_split, write_split
+from recipe.evaluation import (
+    CHOSEN,
+    FIXED,
+    Protocol,
+    activate,
+    evaluate,
+    evaluate_all,
+    look,
+    refining,
+    scales_of,
+    segment,
+)
 from recipe.network import small_ffr
 from recipe.scenes import CLASSES, make_scenes
+from recipe.weights import save_weights
 from torch.nn import functional as F
 
 from ffr import DenseCRF
 from ffr.cam import multi_scale_cam
-from ffr.draw import save_label
+from ffr.draw import load_label, save_label
 
 MULTI = Protocol(scales=(1.0, 1.25, 1.5), flip=True)
 SIZES = [(40, 52), (40, 52), (33, 47), (40, 52), (7, 90), (61, 48), (40, 52), (33, 47), (64, 64), (33, 47), (40, 52)]
@@ -24,7 +45,7 @@ SIZES = [(40, 52), (40, 52), (33, 47), (40, 52), (7, 90), (61, 48), (40, 52), (3
 def network(classes=3, seed=0):
     """A small network whose every output depends on the image."""
     torch.manual_seed(seed)
-    model = small_ffr(classes, 64, width=32)
+    model = small_ffr(classes, 64, width=32, hidden=32)
     torch.nn.init.normal_(model.head.last.weight)
     for parameter in (model.classifier.weight, model.intermediate_classifier.weight):
         torch.nn.init.normal_(parameter)
@@ -47,8 +68,9 @@ def folder(tmp_path_factory):
         save_label(root / f"{i}_mask.png", mask)
         labels = tuple(int(k) - 1 for k in np.unique(mask) if 0 < k < 255)
         mask_file = None if i == 3 else root / f"{i}_mask.png"
-        items.append(Item(f"image {i}", root / f"{i}.png", mask_file, None if i == 5 else labels))
-    return EvalImages(Split(("a", "b", "c"), tuple(items)))
+        items.append(Item(f"image_{i}", root / f"{i}.png", mask_file, None if i == 5 else labels))
+    write_split(root, "val", ("a", "b", "c"), items)
+    return EvalImages(read_split(root, "val"))
 
 
 # The network at several scales ------------------------------------------------------------------------------------
@@ -226,33 +248,330 @@ def test_the_modes_of_all_modules_and_the_gradients_stay(folder):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-class Ranks:
-    """Sums the tensors of ranks that run one after the other: the first rounds listen, the last one answers."""
+def on_ranks(world_size, *arguments, **how):
+    """`evaluate_all` on so many ranks at once, threads here; their results."""
+    barrier, parts = threading.Barrier(world_size, timeout=60), [None] * world_size
 
-    def __init__(self):
-        self.sums = []
-
-    def listen(self, rank):
-        calls = iter(range(1000))
-
+    def work(rank):
         def reduce(tensor):
-            i = next(calls)
-            if i == len(self.sums):
-                self.sums.append({})
-            self.sums[i][rank] = tensor.clone()
-            return torch.stack(list(self.sums[i].values())).sum(0)
+            parts[rank] = tensor
+            barrier.wait()
+            total = torch.stack(parts).sum(0)
+            barrier.wait()
+            return total
 
-        return reduce
+        return evaluate_all(*arguments, rank=rank, world_size=world_size, reduce=reduce, device="cpu", **how)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(work, range(world_size)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_number_of_ranks_has_the_figures_of_one_exactly(world_size, folder):
     model, protocols = network(), [Protocol(), replace(MULTI, threshold=0.4)]
-    how = {"device": "cpu", "batch_size": 2}
-    alone = evaluate_all(model, folder, protocols, **how)
-    ranks = Ranks()
-    for rank in (*range(world_size), *range(world_size)):
-        result = evaluate_all(
-            model, folder, protocols, rank=rank, world_size=world_size, reduce=ranks.listen(rank), **how
-        )
-    assert result == alone and not math.isnan(alone[0]["cam_miou"])
+    alone = evaluate_all(model, folder, protocols, batch_size=2, device="cpu")
+    for result in on_ranks(world_size, model, folder, protocols, batch_size=2):
+        assert result == alone and alone[0]["cam_miou"] > 0
+
+
+def test_a_file_that_cannot_be_used_is_left_out_on_all_ranks_and_named(folder, tmp_path):
+    model, items = network(), list(folder.split.items)
+    (tmp_path / "cut.png").write_bytes(items[1].image.read_bytes()[:60])
+    broken = {1: items[1]._replace(image=tmp_path / "cut.png"), 8: items[8]._replace(mask=items[0].mask)}
+    dataset = EvalImages(Split(folder.split.classes, tuple(broken.get(i, item) for i, item in enumerate(items))))
+    good = EvalImages(Split(folder.split.classes, tuple(item for i, item in enumerate(items) if i not in broken)))
+    (result,), other = on_ranks(2, model, dataset, [Protocol()], batch_size=1)  # each reads one broken file
+    assert [result] == other
+    assert list(result["left_out"]) == ["image_1", "image_8"]
+    assert "cut.png" in result["left_out"]["image_1"] and "expected 64 x 64 pixels" in result["left_out"]["image_8"]
+    expected = evaluate(model, good, Protocol(), device="cpu", batch_size=1)
+    assert {**result, "left_out": {}, "images": None} == {**expected, "images": None}
+    assert result["images"] == {**expected["images"], "listed": 11}
+
+
+def test_if_no_image_can_be_used_the_first_reason_is_told(folder, tmp_path):
+    items = [item._replace(image=tmp_path / "gone.png") for item in folder.split.items[:3]]
+    with pytest.raises(ValueError, match=r"no image can be used; the first: .*gone\.png"):
+        evaluate(network(), EvalImages(Split(folder.split.classes, tuple(items))), Protocol(), device="cpu")
+
+
+def test_what_is_not_scored_has_no_figure(folder):
+    items = tuple(item._replace(mask=None) for item in folder.split.items[:3])
+    result = evaluate(network(), EvalImages(Split(folder.split.classes, items)), Protocol(), device="cpu")
+    assert result["seg_miou"] is result["cam_miou"] is result["boundary_iou"] is None
+    assert result["classification_map"] > 0 and result["thresholds"] == {}
+    assert result["images"]["segmentation"] == 0 and result["images"]["classification"] == 3
+
+
+def test_every_image_is_handed_on_with_the_label_map_of_the_last_protocol(folder):
+    model, got = network(), {}
+    evaluate_all(model, folder, [MULTI, Protocol()], device="cpu", save=got.__setitem__)
+    assert sorted(got) == sorted(item.name for item in folder.split.items)
+    for name, image, mask, _ in (folder[i] for i in (0, 3)):  # number 3 has no mask
+        assert got[name].dtype == torch.uint8
+        size = tuple(image.shape[1:])
+        scores = segment(look(model, image[None], {1.0: False}), Protocol(), size, 4)
+        assert (got[name] != scores[0].argmax(0)).float().mean() < 0.01, mask
+
+
+def test_the_crf_is_the_same_in_other_processes():
+    image, probs = torch.randint(256, (3, 20, 30), dtype=torch.uint8), torch.rand(4, 20, 30).softmax(0)
+    expected = DenseCRF()(image, probs)
+    for workers in (0, 1):
+        with refining(workers) as refine:
+            assert np.array_equal(refine(image, probs).result(), expected.argmax(0).numpy())
+    with refining(0, probabilities=True) as refine:
+        assert np.array_equal(refine(image, probs).result(), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scales": ()}, r"--scales: expected factors above 0, got \(\)"),
+        ({"scales": (1.0, -1.0)}, r"--scales: expected factors above 0"),
+        ({"cam_scales": (0.0,)}, r"--cam-scales: expected factors above 0"),
+        ({"threshold": 1.0}, r"--threshold: expected 0 or more and less than 1, got 1\.0"),
+        ({"crf_prune": -0.1}, r"--crf-prune: expected 0 or more"),
+    ],
+)
+def test_a_protocol_that_cannot_be_used_is_refused(wrong, message, folder):
+    with pytest.raises(ValueError, match=message):
+        evaluate(network(), folder, Protocol(**wrong), device="cpu")
+
+
+def test_half_precision_is_near_and_does_not_leak_into_the_next_step(folder):
+    model = network()
+    exact = evaluate(model, folder, Protocol(threshold=0.4), device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):  # as a validation within a training run
+        near = evaluate(model, folder, Protocol(threshold=0.4, precision="bf16"), device="cpu")
+        same = evaluate(model, folder, Protocol(threshold=0.4), device="cpu")
+        model.outputs(torch.rand(1, 3, 32, 32)).logits.sum().backward()
+    assert same == exact != near and near["seg_miou"] == pytest.approx(exact["seg_miou"], abs=1)
+    assert (
+        model.classifier.weight.grad.abs().sum() > 0 and model.encoder.model.blocks[0].attn.qkv.weight.grad is not None
+    )
+
+
+# evaluate.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights for `folder`."""
+    path = tmp_path_factory.mktemp("weights") / "best.safetensors"
+    config = replace(SCENES, hidden=32, cam_threshold=0.4, cam_scales=(1.0, 0.5))
+    save_weights(path, small().state_dict(), config, ("a", "b", "c"), step=7)
+    return path
+
+
+def small(classes=3):
+    torch.manual_seed(0)
+    model = small_ffr(classes, 64, hidden=32)
+    torch.nn.init.normal_(model.head.last.weight)
+    return model.eval()
+
+
+@pytest.fixture
+def command(weights, folder, tmp_path, monkeypatch, capsys):
+    """Run evaluate.py on `folder`: exit code, what it said, and the JSON."""
+
+    def run(*more, **flags):
+        out = tmp_path / "scores.json"
+        flags = {"weights": weights, "data": folder.split.items[0].image.parent, "out": out, "workers": 0} | flags
+        given = [str(part) for key, value in flags.items() for part in (f"--{key}", value) if value is not None]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *given, "--device", "cpu", *map(str, more)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = script.command("evaluate", script.Settings, script.run, script.__doc__)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err, json.loads(out.read_text()) if out.is_file() else None
+
+    return run
+
+
+def test_the_table_and_the_json_are_those_of_the_function(command, folder):
+    code, said, record = command("--rows", "single", "multi", "single-crf", "--crf-workers", 0)
+    assert code == 0 and list(record["rows"]) == ["single", "multi", "single-crf"]
+    single, multi = Protocol(threshold=0.4), replace(MULTI, threshold=0.4, cam_scales=(1.0, 0.5))
+    expected = evaluate_all(small(), folder, [single, multi, replace(single, crf=True)], device="cpu")
+    for row, figures in zip(record["rows"].values(), expected, strict=True):
+        protocol = row.pop("protocol")
+        assert row == json.loads(json.dumps({key: value for key, value in figures.items() if key != "protocol"}))
+        assert protocol["split"] == "val" and protocol["weights"]["step"] == 7 and protocol["weights"]["sha256_16"]
+        assert protocol["size"] == "each image's own" and "torch" in protocol["versions"]
+        assert (protocol["crf_settings"] is None) is not protocol["crf"]
+    assert record["rows"]["multi"]["thresholds"]["cam"] == {"value": 0.4, "source": FIXED}
+    assert f"{expected[1]['seg_miou']:.1f}" in said and "fixed beforehand" in said and "chosen" not in said
+    assert "background" in said and "10 with a mask" in said
+
+
+def test_a_sweep_is_marked_in_table_and_json(command):
+    code, said, record = command("--sweep", "--rows", "single", "--labels", "predicted", "--images", 4)
+    assert code == 0 and record["rows"]["single"]["thresholds"]["cam"]["source"] == CHOSEN
+    assert CHOSEN in said and "upper bound" in said and record["rows"]["single"]["protocol"]["labels"] == "predicted"
+    assert record["rows"]["single"]["images"]["looked_at"] == 4
+
+
+def test_without_data_the_scenes_of_the_training_are_scored(command, tmp_path):
+    path = tmp_path / "scenes.safetensors"
+    save_weights(path, small(len(CLASSES)).state_dict(), replace(SCENES, hidden=32), CLASSES)
+    code, said, record = command("--rows", "single", weights=path, data=None, images=6, split="test")
+    assert code == 0 and record["rows"]["single"]["images"]["listed"] == 6
+    assert record["rows"]["single"]["protocol"]["data"] == "embedded scenes of 64 px" and "ankle boot" in said
+
+
+def test_a_submission_has_the_folders_of_the_server_and_needs_no_mask(command, folder, tmp_path):
+    items = [item._replace(mask=None, labels=None) for item in folder.split.items]
+    write_split(tmp_path / "data", "test", ("a", "b", "c"), items)
+    sub = tmp_path / "sub"
+    code, said, record = command(
+        "--rows", "single", "multi", split="test", data=tmp_path / "data", submission=sub, competition="comp5"
+    )
+    assert code == 0, said
+    files = sorted((sub / "results/VOC2012/Segmentation/comp5_test_cls").iterdir())
+    assert [file.stem for file in files] == sorted(item.name for item in items)
+    assert [path.name for path in sub.iterdir()] == ["results"]
+    got = {}
+    evaluate_all(small(), folder, [MULTI], device="cpu", save=got.__setitem__)
+    for file in files:
+        assert np.array_equal(load_label(file), got[file.stem].numpy())
+    assert record["rows"]["multi"]["seg_miou"] is None
+    code, said, _ = command(split="test", data=tmp_path / "data", submission=sub, competition="comp5")
+    assert code == 2 and "--submission: " in said and "holds predictions already" in said
+    code, said, _ = command(split="test", data=tmp_path / "data")
+    assert code == 2 and "--split: no image of 'test'" in said and "--submission" in said
+
+
+def hurt(kind, folder, at):
+    """A copy of the list in which the second image has something wrong with it; the name of the bad file."""
+    item, bad = folder.split.items[1], at / f"{kind}.{'jpg' if kind == 'truncated' else 'png'}"
+    pixels = np.array(Image.open(item.mask))
+    if kind == "truncated":
+        Image.open(item.image).save(bad)
+        bad.write_bytes(bad.read_bytes()[:-200])
+    elif kind == "zero bytes":
+        bad.touch()
+    elif kind == "137":
+        pixels[5, 5] = 137
+        save_label(bad, pixels)
+    elif kind == "size":
+        save_label(bad, pixels[:-1])
+    elif kind == "RGB":
+        Image.open(item.mask).convert("RGB").save(bad)
+    item = item._replace(**{"image" if kind in ("truncated", "zero bytes") else "mask": bad})
+    items = [folder.split.items[0], item, *folder.split.items[2:]]
+    write_split(at, "val", folder.split.classes, items)
+    return bad
+
+
+@pytest.mark.parametrize("kind", ["truncated", "zero bytes", "137", "size", "RGB"])
+def test_a_hurt_file_is_left_out_and_named_and_the_rest_is_scored(kind, command, folder, tmp_path):
+    bad = hurt(kind, folder, tmp_path)
+    code, said, record = command("--rows", "single", data=tmp_path)
+    assert code == 1 and "left out: image_1: " in said and str(bad) in said
+    row = record["rows"]["single"]
+    assert list(row["left_out"]) == ["image_1"] and str(bad) in row["left_out"]["image_1"]
+    assert row["images"]["looked_at"] == 10 and row["images"]["listed"] == 11
+
+
+class Trap:
+    """Pickled, it leaves a mark where it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_in_them_runs(command, weights, tmp_path):
+    state, config = small().state_dict(), replace(SCENES, hidden=32)
+    mark, path = tmp_path / "mark", tmp_path / "odd.safetensors"
+
+    def refused(message, **flags):
+        code, said, record = command(**{"weights": path} | flags)
+        assert code == 2 and re.search(message, said), said
+        assert record is None and not mark.exists()
+
+    path.write_bytes(pickle.dumps(Trap(mark)))
+    refused(r"--weights: cannot read .*odd\.safetensors")
+    torch.save({"state_dict": Trap(mark)}, path)
+    refused(r"--weights: cannot read .*odd\.safetensors")
+    path.write_bytes(weights.read_bytes()[:-100])
+    refused(r"--weights: cannot read .*odd\.safetensors")
+    save_weights(path, {**state, "head.extra": torch.ones(1)}, config, ("a", "b", "c"))
+    refused(r"--weights: .*odd\.safetensors is of another model: it has unknown head\.extra")
+    save_weights(path, {k: v for k, v in state.items() if k != "classifier.weight"}, config, ("a", "b", "c"))
+    refused(r"--weights: .*odd\.safetensors is of another model: it lacks classifier\.weight")
+    save_weights(path, state, config, ("a", "b"))
+    refused(r"--weights: .*odd\.safetensors is of another model: it has another shape of")
+    save_weights(path, small(2).state_dict(), config, ("a", "b"))
+    refused(r"--data: .* has the 3 classes a, b, c.*odd\.safetensors was trained on 2: a, b")
+    refused(r"--weights: there is no file .*gone", weights=tmp_path / "gone")
+    pickle.loads(pickle.dumps(Trap(mark)))
+    assert mark.exists()  # the trap works
+
+
+def test_what_cannot_be_done_is_refused_by_flag_or_file_and_the_old_result_stays(command, folder, tmp_path):
+    (tmp_path / "scores.json").write_text("{}")
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.json").write_text('{"classes": ["a"], "items": []}')
+    gone = {"name": "x", "image": "gone.png", "mask": None, "labels": [0]}
+    (tmp_path / "missing.json").write_text(json.dumps({"classes": ["a", "b", "c"], "items": [gone]}))
+    for flags, message in [
+        ({"data": tmp_path, "split": "empty"}, r"empty\.json lists no image"),
+        ({"data": tmp_path, "split": "missing"}, r"image of 'x' in .*missing\.json is missing: .*gone\.png"),
+        ({"data": tmp_path, "split": "none"}, r"there is no .*none\.json"),
+        ({"out": tmp_path / "file" / "x.json"}, r"--out: cannot write .*file/x\.json"),
+        ({"out": tmp_path}, r"--out: expected a file, got the folder"),
+        ({"submission": tmp_path / "file"}, r"--submission: cannot write"),
+        ({"images": 0}, r"--images: expected at least 1, got 0"),
+        ({"batch-size": 0}, r"--batch-size: expected at least 1, got 0"),
+        ({"threshold": 2}, r"--threshold: expected 0 or more and less than 1"),
+        ({"precision": "fp16"}, r"--precision: fp16 needs a GPU"),
+    ]:
+        code, said, record = command(**flags)
+        assert code == 2 and re.search(message, said), said
+        assert record in ({}, None) and (tmp_path / "scores.json").read_text() == "{}"
+    code, said, _ = command("--sweep", threshold=0.3)
+    assert code == 2 and "--sweep: the threshold is given by --threshold" in said
+    code, said, _ = command("--rows", "multi", "multi")
+    assert code == 2 and "--rows: expected each once" in said
+
+
+def test_a_json_that_cannot_be_written_leaves_the_old_one(command, tmp_path, monkeypatch):
+    (tmp_path / "scores.json").write_text("{}")
+    write = Path.write_text
+
+    def full(path, text, **how):
+        if "rows" in text:
+            write(path, "half", **how)
+            raise OSError(28, "No space left on device")
+        return write(path, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, said, record = command("--rows", "single", images=2)
+    assert code == 2 and "No space left on device" in said and "scores.json" in said
+    assert record == {} and [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(weights, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(weights), "--device", "cuda"])
+    assert script.command("evaluate", script.Settings, script.run, script.__doc__) == 2
+    assert "--device: torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_two_processes_write_what_one_writes(command, weights, folder, tmp_path):
+    rows = ["--rows", "single", "multi", "--batch-size", "2", "--sweep"]
+    _, _, alone = command(*rows)
+    code = Path(script.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--weights", weights, "--data", folder.split.items[0].image.parent, "--out", tmp_path / "two.json"]
+    made = subprocess.run(
+        [*launch, code, *flags, *rows, "--device", "cpu", "--workers", "0"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["computed_on"]["ranks"] == 2 and alone["computed_on"]["ranks"] == 1
+    assert two["rows"] == alone["rows"]

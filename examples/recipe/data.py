@@ -30,6 +30,7 @@ from recipe.files import write_text
 from recipe.scenes import CLASSES, Scenes, make_scenes
 
 IGNORE = 255
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Item(NamedTuple):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,7 +92,7 @@ def look(model: FFR, images: Tensor, scales: Mapping[float, bool], precision: st
             scaled = pixels
             if size != (height, width):
                 scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-            final, intermediate, mask = model.encoder(torch.cat([scaled, scaled.flip(3)]) if flip else scaled)
+            final, intermediate, mask = model.encode(torch.cat([scaled, scaled.flip(3)]) if flip else scaled)
             said = (
                 model.head(final),
                 model.classifier.cam(final),
@@ -171,31 +173,35 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def refining(workers: int, prune: float = 0.0) -> Iterator[Callable[[Tensor, Tensor], "Future[Tensor]"]]:
-    """A function that has an image, uint8 (3, H, W), and probabilities (C, H, W) refined to a label map, uint8 (H, W).
+def refining(
+    workers: int, prune: float = 0.0, *, probabilities: bool = False
+) -> Iterator[Callable[[Tensor, Tensor], "Future[Any]"]]:
+    """The dense CRF of the recipe in so many processes of one thread each; 0: in this one, before it returns.
 
-    By the dense CRF of the recipe, in so many processes of one thread each; 0: in this one, before it returns.
+    Yields a function of an image, uint8 (3, H, W), and probabilities (C, H, W), both on the CPU. It gives the refined
+    label map in the future, a uint8 array (H, W); or with `probabilities` those, (C, H, W).
     """
-    crf = DenseCRF(prune=prune)
+    refine = partial(_refine, DenseCRF(prune=prune), probabilities)
     if workers == 0:
-
-        def refine(image: Tensor, probs: Tensor) -> "Future[Tensor]":
-            done: Future[Tensor] = Future()
-            done.set_result(_refine(crf, image.numpy(), probs.numpy()))
-            return done
-
-        yield refine
+        yield lambda image, probs: _finished(refine(image.numpy(), probs.numpy()))
         return
     # Spawned, not forked: torch, CUDA and the progress bar have threads by now.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         try:
-            yield lambda image, probs: pool.submit(_refine, crf, image.numpy(), probs.numpy())
+            yield lambda image, probs: pool.submit(refine, image.numpy(), probs.numpy())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _refine(crf: DenseCRF, image: Any, probs: Any) -> Tensor:
-    return crf(torch.from_numpy(image), torch.from_numpy(probs)).argmax(0).to(torch.uint8)
+def _refine(crf: DenseCRF, probabilities: bool, image: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    refined = crf(torch.from_numpy(image), torch.from_numpy(probs))
+    return (refined if probabilities else refined.argmax(0).to(torch.uint8)).numpy()
+
+
+def _finished(value: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
 # The scores -------------------------------------------------------------------------------------------------------
@@ -364,7 +370,7 @@ def evaluate_all(
     broken, masked, known = torch.zeros(3, count, dtype=torch.int64)
     labels = torch.zeros(count, model.num_classes, dtype=torch.float64)
     problems: dict[int, str] = {}
-    waiting: deque[tuple[Future[Tensor], _Row, str, Tensor | None]] = deque()
+    waiting: deque[tuple[Future[Any], _Row, str, Tensor | None]] = deque()
 
     def done(row: _Row, name: str, label: Tensor, mask: Tensor | None) -> None:
         if mask is not None:
@@ -376,7 +382,7 @@ def evaluate_all(
         """Take what the CRF has made, until at most so many images are left to it."""
         while len(waiting) > most:
             future, row, name, mask = waiting.popleft()
-            done(row, name, future.result(), mask)
+            done(row, name, torch.from_numpy(future.result()), mask)
 
     def score(group: _Group, refine: Any) -> None:
         views = look(model, group.images, scales, protocols[0].precision)

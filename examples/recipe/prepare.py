@@ -173,10 +173,7 @@ def work(
     function: Callable[[Task], Done], tasks: Sequence[Task], *, workers: int, title: str, console: Console
 ) -> list[Done]:
     """Apply `function` to every task in so many processes, in order; 0 means one a CPU."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    bar = counter(console)
     run = partial(_guarded, function)
     count = min(workers or os.cpu_count() or 1, max(1, len(tasks)))
     with bar:
@@ -195,6 +192,14 @@ def work(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def counter(console: Console, *, quiet: bool = False) -> Progress:
+    """A bar that counts images, where there is a terminal."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=quiet or not console.is_terminal,
+    )  # fmt: skip
 
 
 def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
@@ -280,7 +285,13 @@ class Summary:
         return 1 if self.problems else 0
 
 
-def command(name: str, settings: type[Any], run: Callable[[Any, Console], int], description: str | None) -> int:
+def command(
+    name: str,
+    settings: type[Any],
+    run: Callable[[Any, Console], int],
+    description: str | None,
+    interrupted: str = "what is done is kept, the same command goes on",
+) -> int:
     """Run a script from the command line: 0 all good, 1 images left out, 2 refused, 130 interrupted."""
     try:
         return run(tyro.cli(settings, description=description), Console())
@@ -288,5 +299,5 @@ def command(name: str, settings: type[Any], run: Callable[[Any, Console], int], 
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; what is done is kept, the same command goes on.", file=sys.stderr)
+        print(f"{name}: interrupted; {interrupted}.", file=sys.stderr)
         return 130

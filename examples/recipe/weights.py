@@ -76,7 +76,7 @@ def load_weights(path: Path, device: str | torch.device = "cpu") -> Trained:
         raise ValueError(f"--weights: {path} does not say what network it is of. Expected a file of train.py.")
     try:
         config, classes = Config.from_json(about.pop("config")), tuple(about.pop("classes"))
-        model = build_model(replace(config, pretrained=False, checkpoint=None), len(classes))
+        model = build_model(replace(config, pretrained=False, checkpoint=None, grad_checkpointing=False), len(classes))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--weights: the settings in {path} cannot be used: {error}.") from error
     fill(model, state, f"--weights: {path}")
