@@ -119,6 +119,14 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """Encode images ``(B, 3, H, W)``: normalise, pad to whole patches, run the transformer once."""
+        final, (middle,) = self.blocks(images, [self.intermediate])
+        return Features(final, middle)
+
+    def blocks(self, images: Tensor, indices: list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Encode `images`, and look inside: the final map, and those after the blocks `indices`, not normed.
+
+        None: after every block. Maps are ``(B, embed_dim, h, w)`` without prefix tokens, in order of depth.
+        """
         owner = "TimmEncoder"
         size = _check.bind(owner, images=(images, "B 3 H W"))
         if images.dtype == torch.uint8:
@@ -138,17 +146,18 @@ class TimmEncoder(nn.Module):
         images = ((images - self.mean) / self.std).to(self.mean.dtype)
         if (size["H"], size["W"]) != (h * patch, w * patch):  # here, not inside timm: families without padding gain
             images = F.pad(images, (0, w * patch - size["W"], 0, h * patch - size["H"]))
-        final, (middle,) = self.model.forward_intermediates(images, indices=[self.intermediate], output_fmt="NCHW")
+        final, maps = self.model.forward_intermediates(images, indices=indices, output_fmt="NCHW")
         prefix, total = self.num_prefix_tokens, self.num_prefix_tokens + h * w
-        if final.shape != (size["B"], total, self.embed_dim) or middle.shape != (size["B"], self.embed_dim, h, w):
+        shapes = (size["B"], total, self.embed_dim), (size["B"], self.embed_dim, h, w)
+        if final.shape != shapes[0] or any(each.shape != shapes[1] for each in maps):
             raise ValueError(
                 f"{owner}: expected {total} tokens ({prefix} of prefix, {h} x {w} patches) of {self.embed_dim} "
-                f"channels, got final {tuple(final.shape)} and intermediate {tuple(middle.shape)} from "
+                f"channels, got final {tuple(final.shape)} and blocks {[tuple(each.shape) for each in maps]} from "
                 f"`{type(self.model).__name__}`. Choose another model."
             )
         if self._norm_later:
             final = self.model.fc_norm(final)
-        return Features(cam.tokens_to_map(final, grid=(h, w), prefix=prefix), middle)
+        return cam.tokens_to_map(final, grid=(h, w), prefix=prefix), list(maps)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass: less memory for about a third more time."""

@@ -213,6 +213,18 @@ def test_blocks_count_from_both_ends():
     assert not torch.equal(from_end.intermediate, stirred(narrow(intermediate=-2))(x).intermediate)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_betwixt_patch16_reg4_gap_256"])
+def test_all_blocks_are_those_of_one_at_a_time_and_come_with_the_final_features(name):
+    encoder, x = stirred(narrow(name)), images(2, 3, 40, 90)
+    with torch.no_grad():
+        final, maps = encoder.blocks(x)
+        assert len(maps) == len(encoder.model.blocks) == 4
+        for block, each in enumerate(maps):
+            encoder.intermediate = block
+            assert_close(encoder(x), Features(final, each))
+        assert torch.equal(torch.stack(encoder.blocks(x, [0, 2])[1]), torch.stack(maps[::2]))
+
+
 @pytest.mark.parametrize("block", [-5, 4])
 def test_a_block_beyond_the_model_is_refused_with_the_count(block):
     with pytest.raises(ValueError, match=rf"4 blocks, got intermediate={block}"):

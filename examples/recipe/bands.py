@@ -1,0 +1,95 @@
+"""How much of the features lies in the high band, through the depth of the encoder: the premise of the method."""
+
+import torch
+from torch import Tensor
+
+from ffr import FFR, split_bands
+from ffr.encoder import TimmEncoder
+
+
+@torch.no_grad()
+def features_by_depth(model: FFR, images: Tensor) -> dict[str, Tensor]:
+    """Feature maps (B, D, h, w) in order of depth, of one forward in eval mode; the model's mode is restored.
+
+    With a `TimmEncoder`: "block 1", "block 2", ..., not normed, and "final" behind the last norm; prefix tokens are
+    dropped. An encoder of one's own shows no blocks, so then only the two maps that it gives: "intermediate" and
+    "final". Padding tokens, where it has some, count like any other.
+
+    Args:
+        model: whose encoder is looked at. Divided weights (FSDP) must be gathered before.
+        images: (B, 3, H, W), RGB, uint8 or float in [0, 1].
+    """
+    encoder, was_training = model.encoder, model.training
+    model.eval()
+    try:
+        if isinstance(encoder, TimmEncoder):
+            final, blocks = encoder.blocks(images)
+            return {**{f"block {n}": maps for n, maps in enumerate(blocks, 1)}, "final": final}
+        features = encoder(images)
+        return {"intermediate": features.intermediate, "final": features.final}
+    finally:
+        model.train(was_training)
+
+
+def band_energies(features: Tensor, mu: float) -> Tensor:
+    """Energy of the low and of the high band, (2,), float64, on the CPU; add them up over batches and ranks.
+
+    The mean of every channel of every image belongs to neither: it says what there is, and not where.
+
+    Args:
+        features: (B, D, h, w), any floating dtype.
+        mu: cut-off in cycles per token, as `ffr.split_bands`.
+    """
+    varying = features.float()
+    varying = varying - varying.mean((2, 3), keepdim=True)
+    return torch.stack([band.square().sum() for band in split_bands(varying, mu)]).cpu().double()
+
+
+def high_share(energies: Tensor) -> float:
+    """Share of the high band, 0 to 1, in what `band_energies` gave; 0 for features that vary nowhere."""
+    total = float(energies.sum())
+    return float(energies[1]) / total if total > 0 else 0.0
+
+
+def high_band_shares(model: FFR, images: Tensor, mu: float | None = None) -> dict[str, float]:
+    """Share of the high band in the energy of the features, without their mean, for every depth.
+
+    Energies are summed over channels and images before they are divided. White noise has a share of the number of
+    high frequencies over that of all but zero: .36 for a 28 x 28 grid at mu 0.4.
+
+    Args:
+        model: see `features_by_depth`, which also names the depths.
+        images: (B, 3, H, W), RGB, uint8 or float in [0, 1].
+        mu: cut-off in cycles per token; None: the model's.
+    """
+    cut = model.frequency.mu if mu is None else mu
+    return {name: high_share(band_energies(maps, cut)) for name, maps in features_by_depth(model, images).items()}
+
+
+def amplitudes(features: Tensor, bins: int) -> Tensor:
+    """Squared amplitudes by frequency: their sums and how many there are, (2, bins + 1), float64, on the CPU.
+
+    The frequency of a wave is the higher of its two along the axes, for the mask of the method is a box. Column 0 is
+    the mean alone, column j frequencies in ((j - 1), j] / (2 bins) cycles per token. Add them up over batches.
+
+    Args:
+        features: (B, D, h, w), any floating dtype.
+        bins: about half the tokens a side, lest columns stay empty.
+    """
+    height, width = features.shape[2:]
+    energy = (torch.fft.fft2(features.float()).abs() / (height * width)).square().mean((0, 1)).cpu().double()
+    along = [torch.fft.fftfreq(size, dtype=torch.float64).abs() for size in (height, width)]
+    column = (torch.maximum(along[0][:, None], along[1]) * 2 * bins - 1e-9).ceil().long().flatten()
+    count = torch.zeros(bins + 1, dtype=torch.float64)
+    weighted = torch.stack([energy.flatten(), torch.ones_like(energy).flatten()]) * len(features)
+    return torch.stack([count.index_add(0, column, row) for row in weighted])
+
+
+def relative_log_amplitude(sums: Tensor) -> list[float | None]:
+    """log10 of the root mean square amplitude in every column over that of the mean; None where there is none.
+
+    Reference: Park and Kim, "How do vision transformers work?", ICLR 2022, Fig. 2, there along the diagonal alone.
+    """
+    mean = sums[0] / sums[1]
+    logs = (mean / mean[0]).log10() / 2
+    return [float(value) if value.isfinite() else None for value in logs]
