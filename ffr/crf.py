@@ -1,5 +1,6 @@
 """Dense CRF by mean field, on torch alone."""
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ffr import _check
 from ffr.lattice import PermutohedralLattice, image_features, position_lattice, positive, weighted_rows
 
+BLOCK = 4096  # pixels whose labels are renewed at once on a CPU: their rows stay in its cache
 Job = tuple[str | PathLike[str], str | PathLike[str], str | PathLike[str]]
 
 
@@ -94,9 +96,10 @@ class DenseCRF(nn.Module):
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
-        if not batch:
-            return self._mean_field(image, probs)
-        return torch.stack([self._mean_field(*pair) for pair in zip(image, probs, strict=True)])
+        with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
+            if not batch:
+                return self._mean_field(image, probs)
+            return torch.stack([self._mean_field(*pair) for pair in zip(image, probs, strict=True)])
 
     def from_logits(self, image: Tensor, logits: Tensor) -> Tensor:
         """The same for logits: their softmax over the labels, as in `forward`."""
@@ -142,7 +145,6 @@ class DenseCRF(nn.Module):
             f"bilateral_compat={self.bilateral_compat}, iterations={self.iterations}"
         )
 
-    @torch.no_grad()
     def _mean_field(self, image: Tensor, probs: Tensor) -> Tensor:
         dtype = torch.promote_types(probs.dtype, torch.float32)
         kept = None
@@ -152,13 +154,29 @@ class DenseCRF(nn.Module):
         chosen = probs if kept is None else probs[kept]
         # The logarithm of 0 would spoil a pixel without any mass.
         unary = chosen.flatten(1).to(dtype).clamp(min=max(self.floor, torch.finfo(dtype).tiny)).t().contiguous().log_()
-        kernels = self._kernels(image, dtype)
+        # On a CPU torch's softmax is slow for rows of a few labels: powers of two instead. They need no shift, for the
+        # messages of a pixel are >= 0 and over its labels sum to little more than the weights of the kernels.
+        cpu = image.device.type == "cpu"
+        powers = cpu and self.gaussian_compat + self.bilateral_compat <= 20
+        unit = 1 / math.log(2) if powers else 1.0
+        kernels = self._kernels(image, dtype, unit)
         belief = unary.softmax(1)
+        unary = (unary - unary.amax(1, keepdim=True)).mul_(unit)
+        ones = unary.new_ones(unary.shape[1], 1)
+        block = BLOCK if cpu else len(unary)
         for _ in range(self.iterations if kernels else 0):
-            message = unary
-            for lattice, weight in kernels:
-                message = message + weighted_rows(lattice.index, lattice.blurred(belief), weight)
-            belief = message.softmax(1)
+            blurred = [lattice.blurred(belief) for lattice, _ in kernels]
+            for begin in range(0, len(unary), block):
+                rows = slice(begin, begin + block)
+                scores = unary[rows]
+                for (lattice, weight), values in zip(kernels, blurred, strict=True):
+                    scores = weighted_rows(lattice.index[rows], values, weight[rows]).add_(scores)
+                if powers:
+                    scores.clamp_(max=100).exp2_()
+                    torch.div(scores, scores @ ones, out=belief[rows])
+                else:
+                    torch.softmax(scores, 1, out=belief[rows])
+            del blurred, values  # so that their memory serves the next round
         belief = belief.t().reshape(chosen.shape)
         if kept is None:
             return belief.to(probs.dtype).contiguous()
@@ -166,17 +184,17 @@ class DenseCRF(nn.Module):
         result[kept] = belief.to(probs.dtype)
         return result
 
-    def _kernels(self, image: Tensor, dtype: torch.dtype) -> list[tuple[PermutohedralLattice, Tensor]]:
-        """Each lattice, and what a pixel reads from it times the weight of the kernel."""
+    def _kernels(self, image: Tensor, dtype: torch.dtype, unit: float) -> list[tuple[PermutohedralLattice, Tensor]]:
+        """Each lattice, and what a pixel reads from it times the weight of the kernel in `unit`."""
         kernels = []
         if self.bilateral_compat > 0:
             features = image_features(image, sxy=self.bilateral_sxy, srgb=self.bilateral_srgb).to(dtype)
             lattice = PermutohedralLattice(features)
-            kernels.append((lattice, lattice.weight * self.bilateral_compat))
+            kernels.append((lattice, lattice.weight * (unit * self.bilateral_compat)))
         if self.gaussian_compat > 0:
             size = (image.shape[1], image.shape[2])
             lattice = position_lattice(size, sxy=self.gaussian_sxy, dtype=dtype, device=image.device)
-            kernels.append((lattice, lattice.weight * self.gaussian_compat))
+            kernels.append((lattice, lattice.weight * (unit * self.gaussian_compat)))
         return kernels
 
 

@@ -84,18 +84,21 @@ class PermutohedralLattice:
 
     def blurred(self, values: Tensor) -> Tensor:
         """Values ``(N, C)`` on the blurred lattice, ``(points, C)``; ``index`` and ``weight`` read them back."""
-        values = values.detach().to(self.weight.dtype)
-        spread = F.embedding_bag(
-            self._spread_index, values, self._offsets, mode="sum", per_sample_weights=self._spread_weight
+        values = F.embedding_bag(
+            self._spread_index,
+            values.detach().to(self.weight.dtype),
+            self._offsets,
+            mode="sum",
+            per_sample_weights=self._spread_weight,
         )
-        forward = spread
+        reverse = values if self.exact_adjoint else None
         for index, weight in self._axes:
-            forward = weighted_rows(index, forward, weight)
-        if not self.exact_adjoint:
-            return forward
+            values = weighted_rows(index, values, weight)
+        if reverse is None:
+            return values
         for index, weight in reversed(self._axes):
-            spread = weighted_rows(index, spread, weight)
-        return (forward + spread).mul_(0.5)
+            reverse = weighted_rows(index, reverse, weight)
+        return values.add_(reverse).mul_(0.5)
 
     def _build(self, columns: Tensor, count: bool) -> None:
         """Find the simplex of every point, number the corners, and note who neighbours whom."""
@@ -105,7 +108,9 @@ class PermutohedralLattice:
 
         # The corner r of a simplex has the coordinates (d + 1) floor + r, less d + 1 where the rank exceeds d - r. All
         # lie within d + 1 of the first. A point is one integer, its coordinates the digits of a mixed radix; neighbours
-        # in space are then close in memory. Odd radices make what passes 64 bits a hash instead of a clash.
+        # in space are then close in memory. The coordinates are the last d of the d + 1: with positions the highest
+        # digit is then that of the row, and lattice and image are walked alike, twice as fast as across. Odd radices
+        # make what passes 64 bits a hash instead of a clash.
         low, high = floor.amin(1), floor.amax(1)
         radix = ((high - low + 4) * corners) | 1
         digit = torch.cat([radix.new_ones(1), radix.cumprod(0)])[:d]
@@ -132,13 +137,13 @@ class PermutohedralLattice:
         half = torch.full_like(own, 0.5, dtype=columns.dtype)
         self._axes = []
         for j in range(corners):
-            step = digit[j] * corners - digit.sum() if j < d else -digit.sum()
+            step = digit[j - 1] * corners - digit.sum() if j else -digit.sum()
             wanted = names + step
             ahead = torch.searchsorted(names, wanted).clamp_(max=total - 1)
             there = names.index_select(0, ahead) == wanted
             # Who is ahead of whom also tells who is behind; number `total` takes the answers of those without.
             behind = own.new_full((total + 1,), -1).scatter_(0, torch.where(there, ahead, total), own)[:total]
-            index = torch.stack([own, torch.where(there, ahead, 0), behind.clamp(min=0)], 1).int()
+            index = torch.stack([own, torch.where(there, ahead, own), torch.where(behind < 0, own, behind)], 1).int()
             self._axes.append((index, torch.stack([half * 2, half * there, half * (behind >= 0)], 1)))
 
         # Transposed: the points that spread to a lattice point, one after the other. They stand in `points` simplex
@@ -162,7 +167,7 @@ class PermutohedralLattice:
 
 
 def _simplices(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The simplex of every point: first corner over d + 1 (d, N), ranks of the axes (d, N), weights (N, d + 1)."""
+    """The simplex of every point: first corner over d + 1, ranks of the axes, both (d, N), and weights (N, d + 1)."""
     d, count = columns.shape
     corners = d + 1
     elevated = [columns[0]] * corners
@@ -197,7 +202,7 @@ def _simplices(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight[:, 0] = 1 + apart[d] - apart[0]
     for k in range(1, corners):
         weight[:, k] = apart[d - k] - apart[corners - k]
-    return torch.stack(nearest[:d]).long(), torch.stack(rank[:d]), weight
+    return torch.stack(nearest[1:]).long(), torch.stack(rank[1:]), weight
 
 
 def _distinct(names: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

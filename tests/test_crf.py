@@ -41,12 +41,23 @@ def by_all_pairs(image, probs, gaussian, bilateral, iterations):
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-@pytest.mark.parametrize(("gaussian", "bilateral"), [((1.3, 1), (12, 9, 4)), ((3.1, 2), (7, 31, 0.5))])
+@pytest.mark.parametrize(
+    ("gaussian", "bilateral"), [((1.3, 1), (12, 9, 4)), ((3.1, 2), (7, 31, 0.5)), ((2, 9), (9, 14, 15))]
+)
 def test_it_is_mean_field_with_both_kernels(gaussian, bilateral, iterations):
     image = (uniform(3, 7, 9, seed=2) * 255).to(torch.uint8)
     probs = uniform(5, 7, 9, dtype=torch.float64).softmax(0)
     ours = DenseCRF(*gaussian, *bilateral, iterations)(image, probs)
     assert_close(ours, by_all_pairs(image, probs, gaussian, bilateral, iterations), rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_are_renewed_block_by_block_as_at_once(monkeypatch):
+    image, probs = scene()
+    for crf in (DenseCRF(iterations=3), DenseCRF(bilateral_compat=30, iterations=3)):
+        monkeypatch.setattr("ffr.crf.BLOCK", 4096)
+        whole = crf(image, probs)
+        monkeypatch.setattr("ffr.crf.BLOCK", 7)
+        assert_close(crf(image, probs), whole)
 
 
 def test_the_defaults_are_those_of_the_recipe():
@@ -164,6 +175,15 @@ def test_the_dtype_stays_floats_are_the_same_image_and_nothing_is_edited(dtype):
     assert torch.equal(image, before[0]) and torch.equal(probs, before[1])
     turned = probs.transpose(1, 2).contiguous().transpose(1, 2)
     assert_close(DenseCRF(iterations=3)(image.float() / 255, turned), ours, rtol=0, atol=2e-2)
+
+
+def test_autocast_and_gradients_stay_outside():
+    image, probs = scene()
+    want = DenseCRF(iterations=3)(image, probs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = DenseCRF(iterations=3)(image, probs.requires_grad_())
+    assert_close(ours, want, rtol=0, atol=0)
+    assert not ours.requires_grad
 
 
 def test_it_has_no_state_and_says_what_it_is():
