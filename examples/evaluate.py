@@ -237,7 +237,7 @@ def finish(
     console: Console,
 ) -> None:
     """Print the tables and write the JSON."""
-    weights = {"file": str(settings.weights), "sha256_16": digest(settings.weights), **trained.facts}
+    weights = {"file": str(settings.weights), "sha256_16": digest(settings.weights), "step": trained.facts.get("step")}
     data = str(folder) if folder is not None else f"embedded scenes of {trained.config.crop} px"
     crf = {name: value for name, value in vars(DenseCRF(prune=settings.crf_prune)).items() if name[0] != "_"}
     crf.pop("training")

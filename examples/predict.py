@@ -182,7 +182,8 @@ def name_all(found: Mapping[Path, Path], before: Mapping[str, str]) -> dict[str,
         taken |= asked.keys()
         rest = [file for file in rest if file not in free]
     for file in rest:  # they differ by the case of a letter alone
-        name = next(name for i in count(2) if (name := f"{wanted[file]}~{i}").casefold() not in taken)
+        short = long_name(file, found[file], 1)
+        name = next(name for i in count(2) if (name := f"{short}~{i}").casefold() not in taken)
         names[name] = file
         taken.add(name.casefold())
     return dict(sorted(names.items()))

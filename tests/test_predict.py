@@ -1,0 +1,343 @@
+"""predict.py: images of every kind to label maps, restartable, and nothing lost to a broken file."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import predict as script
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from recipe.config import SCENES
+from recipe.data import read_image
+from recipe.evaluation import Protocol, look, scales_of, segment
+from recipe.network import small_ffr
+from recipe.scenes import make_scenes
+from recipe.weights import save_weights
+from torch.nn import functional as F
+
+from ffr import DenseCRF
+from ffr.draw import load_label, overlay, palette
+
+CLASSES = ("cat", "dog", "Käse")
+SIZES = {"a/x": (48, 64), "b/x": (33, 47), "thin": (7, 90), "one": (1, 1), "tall": (200, 60)}  # H x W
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = small_ffr(len(CLASSES), 64, hidden=32)
+    torch.nn.init.normal_(model.head.last.weight)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "best.safetensors"
+    save_weights(path, network().state_dict(), replace(SCENES, hidden=32), CLASSES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in make_scenes("test", len(SIZES)).images]
+
+
+@pytest.fixture
+def photos(tmp_path, scenes):
+    root = tmp_path / "photos"
+    for scene, (name, size) in zip(scenes, SIZES.items(), strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        scene.resize(size[::-1]).save(root / f"{name}.png")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture
+def command(weights, tmp_path, monkeypatch, capsys):
+    """Run predict.py: exit code and what it said; pictures are in tmp_path / "out"."""
+
+    def run(*given, out="out"):
+        usual = {"weights": weights, "out": tmp_path / out, "workers": 0, "device": "cpu", "crf-workers": 0}
+        flags = [part for key, value in usual.items() if f"--{key}" not in given for part in (f"--{key}", value)]
+        monkeypatch.setattr("sys.argv", ["predict.py", *map(str, (*given, *flags))])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = script.command("predict", script.Settings, script.run, script.__doc__)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def scores_of(image, protocol):
+    size = tuple(image.shape[1:])
+    return segment(look(network(), image[None], scales_of([protocol])), protocol, size, 4)[0]
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_label_overlay_and_probabilities_are_those_of_the_evaluation(multi, command, photos, tmp_path):
+    code, said = command(photos, "--probabilities", *["--multi"][: int(multi)])
+    assert code == 0, said
+    assert "of 5 images" in said and "skipped 0" in said
+    protocol = Protocol((1.0, 1.25, 1.5), flip=True) if multi else Protocol()
+    for name, size in SIZES.items():
+        image = read_image(photos / f"{name}.png")
+        scores = scores_of(image, protocol)
+        label = load_label(tmp_path / f"out/labels/{name}.png")
+        assert label.shape == size and np.array_equal(label, scores.argmax(0).numpy())
+        with Image.open(tmp_path / f"out/labels/{name}.png") as picture:
+            assert picture.mode == "P" and picture.getpalette() == palette().flatten().tolist()
+        with np.load(tmp_path / f"out/probabilities/{name}.npz") as stored:
+            assert stored["labels"].tolist() == ["background", *CLASSES]
+            assert stored["probabilities"].dtype == np.float16
+            np.testing.assert_allclose(stored["probabilities"], scores.softmax(0).numpy(), atol=1e-3)
+        with Image.open(tmp_path / f"out/overlays/{name}.jpg") as picture:
+            drawn = np.array(picture).astype(float)
+        assert np.abs(drawn - overlay(image, label)).mean() < 12  # JPEG
+    assert len(files(tmp_path / "out")) == 16
+
+
+def test_the_crf_refines_what_the_network_says(command, photos, tmp_path):
+    code, said = command(photos / "a", "--crf", "--no-overlays", "--probabilities")
+    assert code == 0, said
+    image = read_image(photos / "a/x.png")
+    refined = DenseCRF()(image, scores_of(image, Protocol()).softmax(0))
+    assert np.array_equal(load_label(tmp_path / "out/labels/x.png"), refined.argmax(0).numpy())
+    with np.load(tmp_path / "out/probabilities/x.npz") as stored:
+        np.testing.assert_allclose(stored["probabilities"], refined.numpy(), atol=1e-3)
+    assert files(tmp_path / "out") == ["labels/x.png", "predict.json", "probabilities/x.npz"]
+
+
+def test_several_images_wait_for_the_crf_in_processes(command, photos, tmp_path):
+    code, said = command(photos, "--crf", "--crf-workers", 1, "--no-overlays", out="many")
+    assert code == 0 and "of 5 images" in said, said
+    command(photos, "--crf", "--no-overlays")
+    for name in SIZES:
+        one, other = (load_label(tmp_path / f"{out}/labels/{name}.png") for out in ("many", "out"))
+        assert np.array_equal(one, other)
+
+
+def test_a_large_image_is_shrunk_for_the_network_and_its_label_enlarged(command, photos, tmp_path):
+    code, said = command(photos / "tall.png", "--max-side", 100, "--probabilities")
+    assert code == 0, said
+    image = read_image(photos / "tall.png")
+    small = F.interpolate(image[None].float(), size=(100, 30), mode="bilinear", antialias=True).round().byte()[0]
+    scores = scores_of(small, Protocol())
+    enlarged = F.interpolate(scores[None], size=(200, 60), mode="bilinear")[0]
+    assert np.array_equal(load_label(tmp_path / "out/labels/tall.png"), enlarged.argmax(0).numpy())
+    with np.load(tmp_path / "out/probabilities/tall.npz") as stored:
+        assert stored["probabilities"].shape == (4, 200, 60)
+        assert np.abs(stored["probabilities"].astype(float).sum(0) - 1).max() < 1e-2
+
+
+def test_grey_transparent_and_turned_images_are_what_a_viewer_shows(command, scenes, tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    scene = scenes[0].resize((60, 44))
+    grey = scene.convert("L")
+    grey.save(root / "grey.png")
+    grey.convert("RGB").save(root / "grey_rgb.png")
+    clear = scene.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.tile(np.where(np.arange(60) < 30, 255, 0).astype(np.uint8), (44, 1))))
+    clear.save(root / "clear.png")
+    white = np.array(scene)
+    white[:, 30:] = 255
+    Image.fromarray(white).save(root / "clear_rgb.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right to show it
+    scene.save(root / "turned.png", exif=exif)
+    scene.transpose(Image.Transpose.ROTATE_270).save(root / "turned_rgb.png")
+    assert command(root)[0] == 0
+    for kind in ("grey", "clear", "turned"):
+        one, other = (load_label(tmp_path / f"out/labels/{name}.png") for name in (kind, f"{kind}_rgb"))
+        assert np.array_equal(one, other) and len(np.unique(one)) > 1
+    assert one.shape == (60, 44)
+
+
+# Broken and repeated ----------------------------------------------------------------------------------------------
+
+
+def test_a_broken_file_is_skipped_and_named_and_the_others_are_done(command, photos, tmp_path):
+    (photos / "empty.png").touch()
+    Image.open(photos / "a/x.png").save(photos / "cut.jpg")
+    (photos / "cut.jpg").write_bytes((photos / "cut.jpg").read_bytes()[:-300])
+    (photos / "text.jpg").write_text("no image")
+    code, said = command(photos)
+    assert code == 1 and "of 5 images" in said and "skipped 3" in said
+    record = json.loads((tmp_path / "out/predict.json").read_text())
+    assert sorted(record["skipped"]) == ["cut", "empty", "text"]
+    for name in ("cut.jpg", "empty.png", "text.jpg"):
+        assert f"skipped: {photos / name}: " in said
+    assert len(files(tmp_path / "out/labels")) == 5
+
+
+def test_the_same_command_goes_on_where_it_was_cut_off(command, photos, tmp_path, monkeypatch):
+    original, done = script.save, []
+
+    def stop(settings, trained, name, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(name)
+        original(settings, trained, name, *rest)
+
+    monkeypatch.setattr(script, "save", stop)
+    code, said = command(photos)
+    assert code == 130 and "the same command goes on" in said
+    monkeypatch.setattr(script, "save", original)
+    out = tmp_path / "out"
+    assert len(files(out / "labels")) == len(files(out / "overlays")) == 2
+    (out / "labels/.0123.part").touch()  # of a run that was killed
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    code, said = command(photos)
+    assert code == 0 and "of 3 images" in said and "kept 2 of an earlier run" in said
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert len(files(out)) == 11
+    code, said = command(photos)
+    assert code == 0 and "of 0 images" in said and "kept 5" in said
+
+
+def test_a_result_that_is_broken_or_older_than_its_image_or_not_there_is_made_again(command, photos, tmp_path):
+    command(photos, "--probabilities")
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.name != "predict.json"}
+    label = out / "labels/a/x.png"
+    label.write_bytes(label.read_bytes()[:-60])
+    (out / "overlays/b/x.jpg").write_bytes(b"")
+    (out / "probabilities/thin.npz").unlink()
+    os.utime(out / "labels/one.png", (0, 0))
+    code, said = command(photos, "--probabilities")
+    assert code == 0 and "of 4 images" in said and "kept 1" in said
+    assert all(path.read_bytes() == data for path, data in before.items() if path.suffix != ".npz")
+    code, said = command(photos, "--probabilities", "--overwrite")
+    assert code == 0 and "of 5 images" in said
+
+
+def test_pictures_of_other_settings_are_refused_or_replaced_and_nothing_else_is_touched(command, photos, tmp_path):
+    command(photos)
+    out = tmp_path / "out"
+    (out / "labels/mine.png").write_bytes(b"mine")
+    before = (out / "labels/a/x.png").read_bytes()
+    code, said = command(photos, "--crf")
+    assert code == 2 and "made with other settings (crf was False, now True)" in said and "--overwrite" in said
+    assert (out / "labels/a/x.png").read_bytes() == before
+    code, said = command(photos / "a", "--crf", "--overwrite")
+    assert code == 0, said
+    assert files(out) == ["labels/mine.png", "labels/x.png", "overlays/x.jpg", "predict.json"]
+
+
+def test_a_folder_with_something_else_is_refused(command, photos, tmp_path):
+    for content in ("", "[]", '{"settings": 1}', '{"settings": {}, "images": 3}'):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/predict.json").write_text(content)
+        code, said = command(photos, "--overwrite")
+        assert code == 2 and "--out: " in said and "holds something else" in said
+    (tmp_path / "file").touch()
+    code, said = command(photos, out="file")
+    assert code == 2 and "--out: expected a folder, got the file" in said
+    code, said = command(photos, out="file/below")
+    assert code == 2 and "file/below" in said
+
+
+def test_a_failing_write_names_the_file_and_leaves_no_half(command, photos, tmp_path, monkeypatch):
+    def full(self, file, *args, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, said = command(photos / "a", "--probabilities")
+    assert code == 2 and "No space left on device" in said and "overlays/x.jpg" in said
+    assert files(tmp_path / "out") == ["predict.json", "probabilities/x.npz"]
+
+
+# Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_folders_and_globs_are_found_once_and_named_from_where_they_were_asked_for(photos, tmp_path):
+    def named(*given):
+        found = script.find([str(each) for each in given], tmp_path / "out")
+        return {name: path.relative_to(photos).as_posix() for name, path in script.name_all(found, {}).items()}
+
+    everything = {name: f"{name}.png" for name in sorted(SIZES)}
+    assert named(photos) == named(photos, photos / "thin.png") == named(photos / ".." / "photos") == everything
+    assert named(photos / "**" / "*.png") == everything
+    assert named(photos / "*.png", photos / "a" / "x.png") == {
+        "one": "one.png", "tall": "tall.png", "thin": "thin.png", "x": "a/x.png",
+    }  # fmt: skip
+    assert named(photos / "a", photos / "b") == {"a/x": "a/x.png", "b/x": "b/x.png"}  # not two of "x"
+    shutil.copy(photos / "one.png", photos / "one.BMP")
+    shutil.copy(photos / "one.png", photos / "ONE.png")
+    if len(list(photos.glob("[oO]*"))) == 3:  # a file system that tells them apart
+        names = {"one.BMP": "one.BMP", "ONE.png~2": "ONE.png", "one.png~3": "one.png"}
+        assert named(photos / "[oO]*") == names
+
+
+def test_pictures_below_the_output_are_no_input(command, photos, tmp_path):
+    code, said = command(photos, out="photos/out")
+    assert code == 0 and "of 5 images" in said
+    code, said = command(photos, out="photos/out")
+    assert code == 0 and "of 0 images" in said and "kept 5" in said
+    code, said = command(photos / "out", out="photos/out")
+    assert code == 2 and "INPUTS: all images lie below --out" in said
+
+
+def test_an_image_keeps_its_name_when_others_come(command, photos, tmp_path):
+    assert command(photos / "a")[0] == 0
+    before = (tmp_path / "out/labels/x.png").read_bytes()
+    assert command(photos / "b")[0] == 0  # its x.png must not be taken for done, nor take the other's place
+    assert (tmp_path / "out/labels/x.png").read_bytes() == before
+    assert files(tmp_path / "out/labels") == ["x.png", "x.png.png"]
+    record = json.loads((tmp_path / "out/predict.json").read_text())
+    assert record["images"] == {"x": str(photos / "a/x.png"), "x.png": str(photos / "b/x.png")}
+
+
+parts = st.sampled_from(["a", "A", "b", "x.y"])
+paths = st.lists(
+    st.tuples(st.lists(parts, max_size=2), parts, st.sampled_from([".png", ".PNG", ".jpg"]), st.integers(0, 2)),
+    min_size=1, max_size=12, unique_by=lambda each: (tuple(each[0]), *each[1:3]),
+)  # fmt: skip
+
+
+@given(paths, st.integers(0, 12))
+def test_no_two_images_share_a_name_in_any_case_and_names_stay(chosen, split):
+    base = Path("/r") if os.name == "posix" else Path("C:/r")
+    found = {}
+    for folders, stem, suffix, up in chosen:
+        file = base.joinpath(*folders, stem + suffix)
+        found[file] = base.joinpath(*folders[: max(0, len(folders) - up)])
+    early = dict(list(found.items())[:split]) or found
+    before = script.name_all(early, {})
+    names = script.name_all(found, {name: str(file) for name, file in before.items()})
+    assert sorted(names.values()) == sorted(found) and len({name.casefold() for name in names}) == len(found)
+    assert all(names[name] == file for name, file in before.items())
+    assert not any(name.startswith(("/", "..")) or "//" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["{}/nothing"], "INPUTS: there is no image"),
+        (["{}/*.gif"], "INPUTS: there is no image"),
+        (["{}/notes.txt"], "skipped: "),
+        (["{}", "--max-side", "8"], "--max-side: expected at least 16, got 8"),
+        (["{}", "--alpha", "2"], "--alpha: expected 0 to 1, got 2"),
+        (["{}", "--multi", "--scales", "0"], "--scales: expected factors above 0"),
+        (["{}", "--crf-prune", "1"], "--crf-prune: expected 0 or more and less than 1"),
+        (["{}", "--precision", "fp16"], "--precision: fp16 needs a GPU"),
+        (["{}", "--weights", "gone.safetensors"], "--weights: there is no file gone.safetensors"),
+    ],
+)
+def test_what_cannot_be_done_is_said_by_flag_or_file(given, message, command, photos):
+    code, said = command(*(each.format(photos) for each in given))
+    assert code in (1, 2) and message in said
