@@ -153,7 +153,8 @@ def save(
     if path.exists():
         raise FileExistsError(f"{path} is there, and results are never edited. Name another file with --out.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"subject": subject, "machine": about, "settings": dict(settings), "rows": list(rows)}
+    kept = {name: value for name, value in settings.items() if name != "out"}  # no path of this machine
+    record = {"subject": subject, "machine": about, "settings": kept, "rows": list(rows)}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     part.replace(path)
