@@ -1,9 +1,12 @@
 """Split feature maps into low and high spatial frequencies."""
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from operator import index
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ffr import _check
+
+# On a CPU, features beyond _CACHE bytes are taken in blocks of _BLOCK bytes: what lies between two products stays near.
+_CACHE, _BLOCK = 2**23, 2**21
 
 
 class Bands(NamedTuple):
@@ -54,18 +60,11 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     owner = "split_bands"
     _, sizes = _check.tokens(owner, grid=grid, features=features)
     _check.within(owner, mu=mu, at_most=0.5, remedy="mu is in cycles per token; 0.5 is the Nyquist frequency")
-    h, w = sizes["h"], sizes["w"]
-    plain = type(features) is Tensor
     # index: a size that torch.compile holds as a symbol becomes a number, one graph per grid
-    rows, columns = (_projection(index(n), mu, features.dtype, features.device, plain) for n in (h, w))
-    with torch.autocast(features.device.type, enabled=False):
-        if features.ndim == 4:
-            low = rows @ features @ columns  # both symmetric
-        else:  # both products read rows of D contiguous channels: tokens need no transpose
-            low = rows @ rearrange(features, "b (h w) d -> b h (w d)", h=h)
-            low = columns @ rearrange(low, "b h (w d) -> b h w d", w=w)
-            low = rearrange(low, "b h w d -> b (h w) d")
-        return Bands(low, features - low)
+    h, w = index(sizes["h"]), index(sizes["w"])
+    if torch.compiler.is_compiling():
+        return _as_graph(features, mu, h, w)
+    return Bands(*_Split.apply(features, mu, h, w))
 
 
 class FrequencyMask(nn.Module):
@@ -94,13 +93,197 @@ class FrequencyMask(nn.Module):
         return f"mu={self.mu}"
 
 
+class _Split(torch.autograd.Function):
+    """Features to both bands. P is symmetric: the adjoint of (P, I - P) is `_Join`, and the other way round."""
+
+    @staticmethod
+    def forward(features: Tensor, mu: float, h: int, w: int) -> tuple[Tensor, Tensor]:
+        if kernel := _fused(features, h, w):
+            low, high = kernel.split(features, *_matrices(h, w, mu, features.dtype, features.device, True))
+            return low, high
+        tokens = _channels_last(features)
+        low, high = _room(features, tokens), _room(features, tokens)
+        for part, its_low, its_high in _blocks(h, w, tokens, features, low, high):
+            torch.sub(part, _low_pass(part, mu, tokens, its_high, its_low), out=its_high)
+        return low, high
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.settings = inputs[1:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *bands: Any) -> Any:
+        low, high = bands
+        if low is not None and high is not None:
+            return _Join.apply(low, high, *ctx.settings), None, None, None
+        one = high if low is None else low
+        gradient = None if one is None else _Split.apply(one, *ctx.settings)[low is None]
+        return gradient, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Split.apply(tangents[0], *ctx.settings)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        features = inputs[0].movedim(in_dims[0], 0)
+        bands = _Split.apply(features.flatten(0, 1), *inputs[1:])
+        return tuple(band.unflatten(0, features.shape[:2]) for band in bands), (0, 0)
+
+
+class _Join(torch.autograd.Function):
+    """P low + (I - P) high, as high + P (low - high): one low pass."""
+
+    @staticmethod
+    def forward(low: Tensor, high: Tensor, mu: float, h: int, w: int) -> Tensor:
+        if kernel := _fused(low, h, w):
+            joined: Tensor = kernel.join(low, high, *_matrices(h, w, mu, low.dtype, low.device, True))
+            return joined
+        tokens = _channels_last(low)
+        out = _room(low, tokens)
+        for its_low, its_high, part in _blocks(h, w, tokens, low, high, out):
+            difference = its_low - its_high
+            torch.add(_low_pass(difference, mu, tokens, part, difference), its_high, out=part)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.settings = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Any) -> Any:
+        return *_Split.apply(gradient[0], *ctx.settings), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Join.apply(*tangents[:2], *ctx.settings)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        low, high = (
+            band.expand(info.batch_size, *band.shape) if dim is None else band.movedim(dim, 0)
+            for band, dim in zip(inputs[:2], in_dims[:2], strict=True)
+        )
+        joined = _Join.apply(low.flatten(0, 1), high.flatten(0, 1), *inputs[2:])
+        return joined.unflatten(0, low.shape[:2]), 0
+
+
+def _as_graph(features: Tensor, mu: float, h: int, w: int) -> Bands:
+    """The same in plain products, for a compiler to see through."""
+    rows, columns = _matrices(h, w, mu, _working_dtype(features), features.device, _plain(features))
+    with torch.autocast(features.device.type, enabled=False):
+        x = features.to(rows.dtype)
+        if features.ndim == 4:
+            low = rows @ x @ columns
+        else:
+            low = rows @ rearrange(x, "b (h w) d -> b h (w d)", h=h)
+            low = columns @ rearrange(low, "b h (w d) -> b h w d", w=w)
+            low = rearrange(low, "b h w d -> b (h w) d")
+        return Bands(low.to(features.dtype), (x - low).to(features.dtype))
+
+
+def _fused(features: Tensor, h: int, w: int) -> ModuleType | None:
+    """The module of the fused kernel, where it can run on these features."""
+    if features.device.type != "cuda" or not _plain(features) or find_spec("triton") is None:
+        return None
+    if torch.cuda.get_device_capability(features.device) < (8, 0):
+        return None
+    from ffr import _frequency_kernel
+
+    return _frequency_kernel if _frequency_kernel.fits(features, h, w) else None
+
+
+# In memory --------------------------------------------------------------------------------------------------------
+
+
+def _channels_last(features: Tensor) -> bool:
+    """Whether the channels of a token lie side by side, in tokens (B, N, D) or in maps (B, D, h, w)."""
+    one = features[:1]  # tokens behind a prefix leave a gap between images, which does no harm
+    return one.ndim == 3 or (not one.is_contiguous() and one.is_contiguous(memory_format=torch.channels_last))
+
+
+def _arranged(features: Tensor, h: int, w: int, tokens: bool) -> Tensor:
+    """Maps or tokens as (B, h, w, D) for `tokens`, else as (B, D, h, w); every image without gaps, a view if it is."""
+    x = features if features.ndim == 4 else features.unflatten(1, (h, w)).movedim(3, 1)  # type: ignore[no-untyped-call]
+    x = x.movedim(1, 3) if tokens else x
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def _room(features: Tensor, tokens: bool) -> Tensor:
+    last = tokens and features.ndim == 4
+    return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _blocks(h: int, w: int, tokens: bool, *features: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of images (b, h, w, D), or of maps (m, h, w), that stay in the cache of a CPU; views where it can be."""
+    arranged = [_arranged(one, h, w, tokens) for one in features]
+    rows = arranged if tokens else [one.flatten(0, 1) for one in arranged]
+    count = len(rows[0])
+    if rows[0].device.type == "cpu" and rows[0].nbytes > _CACHE:
+        count = _BLOCK // rows[0][0].nbytes
+    return zip(*(torch.split(row, max(1, count)) for row in rows), strict=True)
+
+
+# Products ---------------------------------------------------------------------------------------------------------
+
+
+def _low_pass(x: Tensor, mu: float, tokens: bool, between: Tensor, out: Tensor) -> Tensor:
+    """Low band of a block, written to `out`, which may be `x`; `between` is room for the first product."""
+    if x.dtype != _working_dtype(x):
+        wide = x.to(_working_dtype(x), memory_format=torch.contiguous_format)
+        return out.copy_(_low_pass(wide, mu, tokens, torch.empty_like(wide), wide))
+    with torch.autocast(x.device.type, enabled=False):
+        if tokens:  # both products read rows of D contiguous channels: no transpose
+            b, h, w, d = x.shape
+            _along(x.reshape(b, h, w * d), mu, between.view(b, h, w * d))
+            _along(between.view(b * h, w, d), mu, out.view(b * h, w, d))
+        else:
+            m, h, w = x.shape
+            columns = _matrix(w, mu, x.dtype, x.device, _plain(x))
+            torch.mm(x.reshape(m * h, w), columns, out=between.view(m * h, w))
+            _along(between, mu, out)
+    return out
+
+
+def _along(x: Tensor, mu: float, out: Tensor) -> Tensor:
+    """Low pass along the middle axis of (b, n, m), in the cheapest of three forms."""
+    b, n, _ = x.shape
+    kept = min(2 * passed(n, mu) + 1, n)
+    rank = min(kept, n - kept)
+    if x.device.type != "cpu" or 2 * rank + 16 > n:  # measured: a second product costs as much as 16 more columns
+        return torch.bmm(_matrix(n, mu, x.dtype, x.device, _plain(x)).expand(b, n, n), x, out=out)
+    build = _cached_basis if _plain(x) else _cached_basis.__wrapped__
+    basis = build(n, *((0, passed(n, mu)) if kept == rank else (passed(n, mu) + 1, n // 2)), x.dtype, x.device)
+    inner = torch.bmm(basis.mT.expand(b, rank, n), x)
+    if kept == rank:  # few frequencies pass: P = U U^T
+        return torch.bmm(basis.expand(b, n, rank), inner, out=out)
+    return torch.baddbmm(x, basis.expand(b, n, rank), inner, alpha=-1, out=out)  # few are dropped: P = I - V V^T
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """A CPU multiplies float16 ten times slower than float32."""
+    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def passed(size: int, mu: float) -> int:
     """Highest frequency, in cycles per `size` tokens, that the low band keeps."""
     return math.floor(mu * size + 1e-9)  # the tolerance keeps 29 of 0.29 * 100
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph holds the matrix, not its construction
-def _projection(size: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool) -> Tensor:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph holds the matrices, not how they are made
+def _matrices(
+    h: int, w: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool
+) -> tuple[Tensor, Tensor]:
+    """Both projections; in one call, because torch 2.14 takes two constants of one function for one."""
+    return _matrix(h, mu, dtype, device, plain), _matrix(w, mu, dtype, device, plain)
+
+
+def _matrix(size: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool) -> Tensor:
     # Next to a fake tensor (torch.export) the matrix is fake as well and must not reach the cache.
     build = _cached_projection if plain else _cached_projection.__wrapped__
     return build(size, passed(size, mu), dtype, device)
@@ -108,15 +291,30 @@ def _projection(size: int, mu: float, dtype: torch.dtype, device: torch.device, 
 
 @lru_cache(maxsize=64)
 def _cached_projection(size: int, cycles: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Orthogonal projection (size, size) on the frequencies 0..cycles, built in float64."""
+    """Orthogonal projection (size, size) on the frequencies 0..cycles."""
+    vectors = _waves(size, 0, cycles)
+    return _as_tensor(vectors @ vectors.T, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_basis(size: int, first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthonormal basis (size, rank) of the frequencies first..last."""
+    return _as_tensor(_waves(size, first, last), dtype, device)
+
+
+def _waves(size: int, first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Real orthonormal Fourier vectors of the frequencies first..last, as columns, in float64."""
     position = np.arange(size)
-    basis = [np.full(size, math.sqrt(1 / size))]
-    for cycle in range(1, cycles + 1):
+    vectors = []
+    for cycle in range(first, last + 1):
         angle = 2 * np.pi * (cycle * position % size) / size
-        if 2 * cycle == size:  # Nyquist: one vector, its sine is zero
-            basis.append((-1.0) ** position / math.sqrt(size))
+        if cycle == 0 or 2 * cycle == size:  # the mean, and Nyquist: one vector each, the sine is zero
+            vectors.append(np.cos(angle) / math.sqrt(size))
         else:
-            basis += [math.sqrt(2 / size) * np.cos(angle), math.sqrt(2 / size) * np.sin(angle)]
-    vectors = np.stack(basis, 1)
+            vectors += [math.sqrt(2 / size) * np.cos(angle), math.sqrt(2 / size) * np.sin(angle)]
+    return np.stack(vectors, 1) if vectors else np.zeros((size, 0))
+
+
+def _as_tensor(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a cached inference tensor would break later training
-        return torch.as_tensor(vectors @ vectors.T, device="cpu").to(device, dtype)
+        return torch.as_tensor(values, device="cpu").to(device, dtype)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from ffr import Bands, FrequencyMask, split_bands
-from ffr.frequency import _cached_projection, passed
+from ffr.frequency import _cached_basis, _cached_projection, passed
 
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 12)
@@ -44,9 +44,11 @@ def wave(size, cycles, phase=0.0):
 @pytest.fixture
 def cold():
     """No matrix in the cache, before or after."""
-    _cached_projection.cache_clear()
+    for cache in (_cached_projection, _cached_basis):
+        cache.cache_clear()
     yield
-    _cached_projection.cache_clear()
+    for cache in (_cached_projection, _cached_basis):
+        cache.cache_clear()
 
 
 # Against the FFT --------------------------------------------------------------------------------------------------
@@ -239,12 +241,16 @@ def test_that_test_can_fail(transform):
 
 
 def test_a_matrix_is_built_once_for_a_size_and_a_number_of_cycles(cold):
-    for mu in (0.41, 0.42):  # 11.5 and 11.8 of 28 cycles, 11.1 and 11.3 of 27
+    for mu in (0.26, 0.27):  # 7.3 and 7.6 of 28 cycles, 7.0 and 7.3 of 27: no thin form pays
         split_bands(torch.zeros(1, 1, 28, 27), mu)
         split_bands(torch.zeros(1, 756, 1), mu, grid=(28, 27))
     assert _cached_projection.cache_info().misses == 2
-    split_bands(torch.zeros(1, 1, 28, 28).double(), 0.41)
+    split_bands(torch.zeros(1, 1, 28, 28).double(), 0.26)
     assert _cached_projection.cache_info().misses == 3
+    for mu in (0.41, 0.42):  # five frequencies of 28 are dropped, and their vectors do
+        split_bands(torch.zeros(1, 784, 1), mu, grid=(28, 28))
+    assert _cached_projection.cache_info().misses == 3
+    assert _cached_basis.cache_info().misses == 1
 
 
 def test_a_matrix_first_needed_in_inference_mode_serves_training_too(cold):
@@ -304,6 +310,84 @@ def test_the_transforms_of_torch_func_pass_through(cold):
 def test_a_parameter_is_split_like_any_tensor():
     x = noise(0, 2, 3, 5, 7)
     assert_close(split_bands(nn.Parameter(x), 0.3).low, split_bands(x, 0.3).low, rtol=0, atol=0)
+
+
+# In memory --------------------------------------------------------------------------------------------------------
+
+
+def prefixed(x):
+    """The same maps as a view of tokens behind a class token, as an encoder gives them."""
+    tokens = torch.cat([torch.zeros_like(as_tokens(x)[:, :1]), as_tokens(x)], 1)
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+LAYOUTS = {
+    "maps": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "behind a prefix": prefixed,
+    "every second row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [1, 2**21])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_blocks_and_layouts_change_no_result_and_layouts_are_kept(layout, block, dtype, monkeypatch):
+    monkeypatch.setattr("ffr.frequency._CACHE", 0)
+    monkeypatch.setattr("ffr.frequency._BLOCK", block)  # bytes: one map or image at a time
+    base = noise(0, 3, 4, 20, 7, dtype=torch.float64).to(dtype)
+    base = base[:1].expand_as(base) if layout == "expanded" else base
+    x = LAYOUTS[layout](base).detach().requires_grad_()
+    low, high = split_bands(x, 0.4)
+    assert_close(low.double(), by_fft(base, 0.4), rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-3)
+    assert_close(low + high, x, rtol=0, atol=1e-14 if dtype == torch.float64 else 2e-3)
+    if layout in ("channels last", "behind a prefix"):
+        assert low.is_contiguous(memory_format=torch.channels_last)
+    weight = noise(1, *x.shape).to(dtype)
+    other = LAYOUTS["maps" if layout == "channels last" else "channels last"](noise(2, *x.shape).to(dtype))
+    (gradient,) = torch.autograd.grad((low, high), x, (weight, other))
+    wanted = by_fft(weight, 0.4) + other.double() - by_fft(other, 0.4)
+    assert_close(gradient.double(), wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "mu"), [(64, 0.5), (64, 0.45), (64, 0.25), (64, 0.05), (64, 0), (17, 0.5), (33, 0.03)]
+)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_each_form_of_the_product_is_the_filter(size, mu, tokens):
+    x = noise(0, 2, 3, size, size)
+    low = split_bands(as_tokens(x), mu, grid=(size, size)).low if tokens else split_bands(x, mu).low
+    assert_close(low, as_tokens(by_fft(x, mu)) if tokens else by_fft(x, mu), rtol=0, atol=1e-12)
+
+
+def test_a_band_alone_gives_its_gradient_and_both_may_be_changed_in_place():
+    x = noise(0, 2, 3, 20, 7).requires_grad_()
+    low, high = split_bands(x, 0.4)
+    (only_low,) = torch.autograd.grad(low.square().sum(), x, retain_graph=True)
+    (only_high,) = torch.autograd.grad(high.square().sum(), x)
+    assert_close(only_low, 2 * low)
+    assert_close(only_high, 2 * high)
+    low, high = split_bands(as_tokens(x), 0.4, grid=(20, 7))
+    (gradient,) = torch.autograd.grad(low.mul_(2).sum() + high.zero_().sum(), x)
+    assert_close(gradient, 2 * torch.ones_like(x))
+
+
+def test_an_empty_batch_gives_empty_bands():
+    low, high = split_bands(torch.zeros(0, 3, 5, 7), 0.4)
+    assert low.shape == high.shape == (0, 3, 5, 7)
+
+
+def test_second_derivatives_pass_both_operators():
+    def loss(x):
+        low, high = split_bands(x, 0.3)
+        return (low**3).sum() + (low * high**2).sum()
+
+    x = noise(0, 1, 2, 3, 5).requires_grad_()
+    assert torch.autograd.gradgradcheck(loss, x)
+    tangent, hessian = noise(1, *x.shape), torch.func.hessian(loss)(x.detach())
+    (product,) = torch.func.jvp(torch.func.grad(loss), (x.detach(),), (tangent,))[1:]
+    assert_close(product, torch.einsum("abcdefgh,efgh->abcd", hessian, tangent))
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

@@ -30,13 +30,15 @@ PARTS = {
     "classifier": {"cam"},
     "encoder": {"cam"},
     "rectification": {"prototypes"},
+    "frequency": {"_frequency_kernel"},
 }
+ALONE = {"_frequency_kernel": {"triton"}}  # what a file that is itself imported late may need at once
 DESIGNED = {"__init__", "_check", "frequency", "prototypes", "rectification", "classifier", "cam", "refine", "lattice"}
 DESIGNED |= {"crf", "losses", "heads", "encoder", "framework", "metrics", "draw"}
 CORE = {"torch", "einops", "numpy", "scipy"}
 HEAVY = {"timm", "torchvision", "PIL", "matplotlib", "accelerate", "pycocotools", "tyro", "rich", "safetensors"}
 OFF_THE_DEVICE = {"cam", "classifier", "encoder", "framework", "frequency", "heads", "losses", "objective"}
-OFF_THE_DEVICE |= {"prototypes", "rectification", "refine"}
+OFF_THE_DEVICE |= {"prototypes", "rectification", "refine", "_frequency_kernel"}
 WAITS = {"item", "tolist", "nonzero", "masked_select", "unique", "cpu", "numpy", "synchronize"}
 
 
@@ -77,7 +79,9 @@ def trespasses(module, source):
         elif module == "_check":
             found += [name] * (top not in {"torch", "einops"} | sys.stdlib_module_names)
         elif at_once:
-            found += [name] * (top not in CORE | sys.stdlib_module_names)
+            found += [name] * (top not in CORE | ALONE.get(module, set()) | sys.stdlib_module_names)
+    for name, at_once in imports(source):  # such a file must not be loaded with the one that uses it
+        found += [name] * (at_once and name.partition(".")[2] in ALONE)
     return found
 
 
@@ -99,6 +103,9 @@ def test_imports_point_one_way(module):
         ("cam", "from ffr.framework import FFR", "ffr.framework"),
         ("losses", "from ffr import FFR", "ffr.FFR"),
         ("encoder", "import timm", "timm"),
+        ("frequency", "import triton", "triton"),
+        ("frequency", "from ffr import _frequency_kernel", "ffr._frequency_kernel"),
+        ("cam", "def f():\n    from ffr import _frequency_kernel", "ffr._frequency_kernel"),
         ("draw", "try:\n    from PIL import Image\nexcept ImportError:\n    pass", "PIL"),
         ("_check", "import numpy as np", "numpy"),
         ("_check", "def f():\n    import numpy as np", "numpy"),
@@ -111,6 +118,8 @@ def test_an_import_against_the_direction_is_seen(module, line, forbidden):
 def test_what_the_direction_allows_is_let_through():
     assert trespasses("refine", "from ffr import _check\nfrom ffr.cam import normalize_cam\nimport numpy") == []
     assert trespasses("encoder", "def f():\n    import timm\n    from safetensors.torch import load_file") == []
+    assert trespasses("frequency", "def f():\n    from ffr import _frequency_kernel") == []
+    assert trespasses("_frequency_kernel", "import triton") == []
     assert trespasses("encoder", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import timm") == []
 
 
