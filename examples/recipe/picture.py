@@ -24,7 +24,7 @@ COLUMNS = (
     ("spectrum", "frequencies of the\nfeatures, log scale;\nbox: low band, mu {mu:g}"),
     ("CAM", "where the classifier\nsees the class:\ndark no, bright yes"),
     ("low-band CAM", "the same, from the\nlow frequencies alone"),
-    ("high-band CAM", "from the high ones\nalone, on the scale\nof the CAM"),
+    ("high-band CAM", "from the high ones\nalone; one scale\nfor all three"),
     ("selected tokens", "similarity to the class\nchanges when the high\nband is dropped"),
     ("pseudo label", "the CAMs, refined by\ncolour: what the head\nis trained on"),
     ("prediction", "of the trained head,\nfrom the image alone"),
