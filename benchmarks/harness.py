@@ -6,8 +6,11 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffr
 
@@ -104,6 +109,75 @@ def peak_bytes(function: Function, device: str = "cpu") -> int:
         peak = max(peak, level)
     del kept
     return peak
+
+
+def _at(name: str) -> str:
+    """The name, and the line outside torch and this file that it was called from."""
+    frame = sys._getframe(2)
+    while frame.f_back and (
+        f"{os.sep}torch{os.sep}" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
+    ):
+        frame = frame.f_back
+    return f"{name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+class _Operators(TorchDispatchMode):
+    """Notes operators whose result, or whose shape, the host must wait for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "allclose")
+    NAMES += ("bincount", "repeat_interleave", "is_nonzero")
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Note it; also an index by mask, whose count only the device knows."""
+        name = func.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in self.NAMES or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in chosen):
+            self.found.append(_at(name))
+        return func(*args, **kwargs or {})
+
+
+class _Methods(TorchFunctionMode):
+    """Notes methods that copy to the host without an operator of their own, on a CPU tensor."""
+
+    NAMES = ("tolist", "numpy", "cpu", "__array__", "__contains__")
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Note it."""
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(_at(func.__name__))
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def host_waits(device: str = "cpu") -> Iterator[list[str]]:
+    """Collects, for all that runs inside, whatever makes the host wait for the device.
+
+    On a GPU these are torch's own warnings of synchronisation. A CPU has nothing to wait for: there it is operators
+    and methods that would wait on a GPU, those inside custom operators excepted.
+    """
+    found: list[str] = []
+    if device == "cpu":
+        with _Operators(found), _Methods(found):
+            yield found
+        return
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in caught if "called a synchronizing" in str(one.message)]
+    found += [f"{Path(one.filename).name}:{one.lineno}" for one in waits]
 
 
 def metadata(device: str = "cpu") -> dict[str, Any]:

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from harness import host_waits
 
 # --- frequency, prototypes, rectification ---
 
@@ -319,36 +318,12 @@ def over_ranks(loss: Callable[..., torch.Tensor], *ranks: torch.Tensor) -> tuple
     return mean.detach(), torch.cat([x.grad for x in leaves if x.grad is not None])
 
 
-class _Refuse(TorchDispatchMode):
-    """Operators whose result, or whose shape, the host must wait for."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "allclose")
-    WAITS += ("bincount", "repeat_interleave", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Raise for an operator that waits, and for an index by mask, whose count only the device knows."""
-        name = func.overloadpacket.__name__
-        chosen = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if name in self.WAITS or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in chosen):
-            raise AssertionError(f"the host waits for the device in {func}")
-        return func(*args, **kwargs or {})
-
-
-class _RefuseCopies(TorchFunctionMode):
-    """Methods that copy to the host without an operator of their own, on a CPU tensor."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Raise for a method that copies to the host."""
-        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu", "__array__", "__contains__"):
-            raise AssertionError(f"the host waits for the device in {func.__name__}")
-        return func(*args, **kwargs or {})
-
-
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """Everything inside must run without the host reading a tensor, which a GPU would have to finish first."""
-    with _Refuse(), _RefuseCopies():
+    with host_waits() as found:
         yield
+    assert not found, f"the host waits for the device in {', '.join(found)}"
 
 
 # --- COCO's masks: the published convention of its rasteriser and of its run lengths ---
