@@ -1,11 +1,12 @@
 """One training step, every term on: where its time and memory go, what FFR adds, how far from the floor it is.
 
-    python benchmarks/step.py --device cuda --precision bf16 --compile
+    python benchmarks/step.py --device cuda --precision bf16 --compile blocks
     python benchmarks/step.py --model vit_tiny_patch16_224 --crop 96 --batch 2     # small, on a CPU
 
 Random weights and images; all that is timed is one iteration of a training loop, optimiser included, without the data.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -46,8 +47,11 @@ class Arguments:
     """classes in each image"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass; fp32 is measured in any case"""
-    compile: bool = False
-    """measure torch.compile of the whole objective too; minutes before the first round"""
+    compile: Literal["no", "blocks", "whole"] = "no"
+    """measure torch.compile too: of every block of the transformer, the head and the refinement (seconds a size, for
+    the blocks share their code), or of the whole objective (many minutes)"""
+    backend: str = "inductor"
+    """of torch.compile"""
     steps: int = 10
     """interleaved rounds"""
     threads: int = 1
@@ -205,18 +209,31 @@ def matmul(arguments: Arguments, precision: str) -> tuple[Callable[[], object], 
     return partial(torch.mm, a, a), 2 * side**3
 
 
+def compiled(arguments: Arguments, loss: FFRLoss) -> Callable[..., Any]:
+    """A copy of the objective that is compiled."""
+    loss = copy.deepcopy(loss)
+    if arguments.compile == "whole":  # `step` is one number in all calls here: one graph
+        return torch.compile(loss, dynamic=False, backend=arguments.backend)
+    for part in (*loss.model.encoder.model.blocks, loss.model.head, loss.refinement):
+        part.compile(dynamic=False, backend=arguments.backend)
+    return loss
+
+
 def measure_forms(arguments: Arguments, model: FFR) -> list[dict[str, Any]]:
     """Each precision, eager and compiled: speed, memory, utilisation, and what FFR adds."""
     functions: dict[str, Callable[[], object]] = {}
     precisions = dict.fromkeys(("fp32", arguments.precision))
     forms = [(f"{precision}, eager", precision) for precision in precisions]
     losses = {"": FFRLoss(model, start=0), " without FFR": FFRLoss(model, start=0, **WITHOUT)}
-    if arguments.compile:
-        forms.append((f"{arguments.precision}, compiled", arguments.precision))
     for form, precision in forms:
         for kind, loss in losses.items():
-            called = torch.compile(loss, dynamic=False) if form.endswith("compiled") else loss
-            functions[form + kind] = Step(arguments, called, model, precision)
+            functions[form + kind] = Step(arguments, loss, model, precision)
+    if arguments.compile != "no":
+        form, precision = f"{arguments.precision}, compiled ({arguments.compile})", arguments.precision
+        forms.append((form, precision))
+        for kind, loss in losses.items():
+            called = compiled(arguments, loss)
+            functions[form + kind] = Step(arguments, called, called.model, precision)
     products = {precision: matmul(arguments, precision) for precision in precisions}
     functions |= {f"matmul {precision}": product for precision, (product, _) in products.items()}
     times = harness.measure(functions, rounds=arguments.steps, device=arguments.device)
