@@ -7,6 +7,7 @@ Weights and images are random. What is exported is looked through: neither the b
 part of inference.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import harness
 import torch
 import tyro
+from step import compile_blocks
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ class Arguments:
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the network, by autocast"""
     compile: bool = True
-    """measure torch.compile too; a minute or more before the first round"""
+    """measure torch.compile of the blocks and the head too; a minute or more before the first round"""
     crf: bool = True
     """measure the dense CRF too"""
     rounds: int = 7
@@ -109,7 +111,8 @@ def measure(arguments: Arguments) -> tuple[list[dict[str, Any]], dict[str, Any]]
         "exported": lambda pixels: modules[pixels.shape[0], pixels.shape[2]](pixels),
     }
     if arguments.compile:
-        forms["compiled"] = torch.compile(model, dynamic=False)
+        forms["compiled"] = copy.deepcopy(model)
+        compile_blocks(forms["compiled"])
     crf = DenseCRF()
 
     def run(form: str, kind: str) -> Tensor:

@@ -1,7 +1,7 @@
 """One training step, every term on: where its time and memory go, what FFR adds, how far from the floor it is.
 
     python benchmarks/step.py --device cuda --precision bf16 --compile blocks
-    python benchmarks/step.py --model vit_tiny_patch16_224 --crop 96 --batch 2     # small, on a CPU
+    python benchmarks/step.py --model vit_tiny_patch16_224 --crop 96 --batch 2 --hidden 128     # small, on a CPU
 
 Random weights and images; all that is timed is one iteration of a training loop, optimiser included, without the data.
 """
@@ -45,6 +45,8 @@ class Arguments:
     """K"""
     present: int = 2
     """classes in each image"""
+    hidden: int = 512
+    """channels of the segmentation heads; the method's, made for 768 channels of the encoder"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the forward pass; fp32 is measured in any case"""
     compile: Literal["no", "blocks", "whole"] = "no"
@@ -214,9 +216,15 @@ def compiled(arguments: Arguments, loss: FFRLoss) -> Callable[..., Any]:
     loss = copy.deepcopy(loss)
     if arguments.compile == "whole":  # `step` is one number in all calls here: one graph
         return torch.compile(loss, dynamic=False, backend=arguments.backend)
-    for part in (*loss.model.encoder.model.blocks, loss.model.head, loss.refinement):
-        part.compile(dynamic=False, backend=arguments.backend)
+    compile_blocks(loss.model, arguments.backend)
+    loss.refinement.compile(dynamic=False, backend=arguments.backend)
     return loss
+
+
+def compile_blocks(model: FFR, backend: str = "inductor") -> None:
+    """Compile every block of the transformer, and the head, in place; blocks share their code, and so the graphs."""
+    for part in (*model.encoder.model.blocks, model.head):
+        part.compile(dynamic=False, backend=backend)
 
 
 def measure_forms(arguments: Arguments, model: FFR) -> list[dict[str, Any]]:
@@ -314,8 +322,8 @@ def show_forms(arguments: Arguments, rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     notes = (
         f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s); {arguments.model}, {arguments.crop} x "
-        f"{arguments.crop}, batch {arguments.batch}, {arguments.classes} classes, {arguments.present} in each image; "
-        f"every term on. {arguments.steps} interleaved rounds, median and quartiles of the ratios.",
+        f"{arguments.crop}, batch {arguments.batch}, {arguments.classes} classes, {arguments.present} in each image, "
+        f"heads of {arguments.hidden}; every term on. {arguments.steps} interleaved rounds, median and quartiles of the ratios.",
         "FFR: what the step takes longer than the same step with lambda_h = lambda_l = 0, in percent of it.",
         f"Of the floor: {rows[0]['tera_flop']:.3g} TFLOP of matrix products and convolutions at the rate of a large "
         "product of that precision in the same round, in percent of the step's time.",
@@ -364,7 +372,7 @@ def main() -> int:
         sys.exit(f"step.py: --crop: expected a multiple of {encoder.patch_size}, got {arguments.crop}.")
     if not 1 <= arguments.present <= arguments.classes:
         sys.exit(f"step.py: --present: expected 1..{arguments.classes} (--classes), got {arguments.present}.")
-    model = FFR(encoder, arguments.classes).to(arguments.device)
+    model = FFR(encoder, arguments.classes, hidden=arguments.hidden).to(arguments.device)
     forms = measure_forms(arguments, model)
     show_forms(arguments, forms)
     parts, waits = measure_parts(arguments, model)

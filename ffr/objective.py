@@ -47,6 +47,10 @@ class FFRLoss(nn.Module):
 
     Before `start` the segmentation head has no gradient: DDP needs ``find_unused_parameters=True``.
 
+    To compile it whole, ``torch.compile(objective)``, pass one number for all steps of a phase, such as
+    ``step=start if step >= start else 0``: a graph each. A number that grows costs one graph more, and with
+    ``dynamic=False`` one at every step.
+
     Args:
         model: the network.
         start: step from which the segmentation losses, L_r and the dense energy count.

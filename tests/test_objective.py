@@ -551,25 +551,31 @@ def test_under_autocast_the_terms_are_close_and_every_weight_still_learns(dtype)
 
 
 @pytest.mark.slow
-def test_compiled_it_has_one_graph_before_and_one_after_the_start():
+@pytest.mark.parametrize(
+    ("dynamic", "passed", "graphs"),
+    [
+        (None, (0, 0, 0, 10, 10), (1, 1, 1, 2, 2)),  # one number a phase
+        (False, (0, 0, 0, 10, 10), (1, 1, 1, 2, 2)),
+        (None, (0, 1, 9, 10, 500), (1, 2, 2, 3, 3)),  # the first step is a constant, from the second on it is a number
+    ],
+)
+def test_compiled_it_has_one_graph_a_phase(dynamic, passed, graphs):
     images, labels = batch()
     loss = objective(start=10)
     torch._dynamo.reset()
-    graphs = []
+    seen = []
 
     def backend(graph, _):
-        graphs.append(graph)
+        seen.append(graph)
         return graph.forward
 
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
     counts = []
-    for step in (0, 1, 2, 8, 9, 10, 11, 12, 500):
+    for step in passed:
         for ours, wanted in zip(compiled(images, labels, step=step), loss(images, labels, step=step), strict=True):
             assert_close(ours, wanted)
-        counts.append(len(graphs))
-    # the step of the first call is a constant, from the second on it is a number of its own
-    assert counts[2] == counts[4]
-    assert counts[5] == counts[-1] == counts[4] + 1
+        counts.append(len(seen))
+    assert tuple(counts) == graphs
 
 
 # --- several ranks ---

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Every benchmark on this machine's GPU, each within its time, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
+# Figures go to FOLDER, by default benchmarks/results. What fails or runs out of time is named, and the rest goes on.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+folder="${1:-benchmarks/results}"
+stamp="$(date -u +%Y-%m-%d-%H%M)"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python="${PYTHON:-python3}"
+device="$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')" || {
+    echo "gpu.sh: no GPU here, or no torch that sees one."
+    exit 1
+}
+report=()
+
+run() { # run SECONDS SUBJECT SCRIPT OPTION...: one benchmark, its figures in FOLDER/STAMP-DEVICE-SUBJECT.json
+    local limit="$1" subject="$2" script="benchmarks/$3" from="$SECONDS" status=0
+    shift 3
+    if [ ! -f "$script" ]; then
+        report+=("$subject: $script is not there")
+        return
+    fi
+    printf '\n=== %s\n' "$subject"
+    timeout -k 5 "$limit" "$python" "$script" --device cuda --out "$folder/$stamp-$device-$subject.json" "$@" || status=$?
+    case "$status" in
+        0) report+=("$subject: done, $((SECONDS - from)) s") ;;
+        124 | 137) report+=("$subject: stopped after $limit s") ;;
+        *) report+=("$subject: failed with status $status") ;;
+    esac
+}
+
+run 60 step step.py --precision bf16
+run 100 frequency frequency.py
+run 50 prototypes prototypes.py
+run 50 cams cams.py
+run 60 refinement refinement.py
+run 40 crf crf.py
+run 110 step-compiled step.py --precision bf16 --compile blocks
+run 100 inference inference.py --precision bf16
+printf '\n'
+printf '%s\n' "${report[@]}"
