@@ -323,7 +323,7 @@ def show_forms(arguments: Arguments, rows: Sequence[Mapping[str, Any]]) -> None:
     notes = (
         f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s); {arguments.model}, {arguments.crop} x "
         f"{arguments.crop}, batch {arguments.batch}, {arguments.classes} classes, {arguments.present} in each image, "
-        f"heads of {arguments.hidden}; every term on. {arguments.steps} interleaved rounds, median and quartiles of the ratios.",
+        f"heads of {arguments.hidden}; every term on. {arguments.steps} interleaved rounds, median and quartiles.",
         "FFR: what the step takes longer than the same step with lambda_h = lambda_l = 0, in percent of it.",
         f"Of the floor: {rows[0]['tera_flop']:.3g} TFLOP of matrix products and convolutions at the rate of a large "
         "product of that precision in the same round, in percent of the step's time.",
