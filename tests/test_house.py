@@ -200,6 +200,7 @@ def test_the_extras_cover_what_the_examples_and_the_tests_import():
     """Imports inside a function may be optional; those at the head of a file may not."""
     files = {folder: list((ROOT / folder).rglob("*.py")) for folder in ("examples", "tests")}
     ours = {"ffr", "recipe"} | {path.stem for paths in files.values() for path in paths}
+    ours |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # on the path of the tests
     installed = distributions(None) | distributions("examples")
     for folder, known in {"examples": installed, "tests": installed | distributions("test")}.items():
         assert files[folder]
