@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from os import PathLike
@@ -201,17 +202,20 @@ class DenseCRF(nn.Module):
 def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None) -> Iterator[str]:
     """Refine files in parallel processes of one thread each, the fastest way on a CPU.
 
+    A script that calls this needs ``if __name__ == "__main__":``, for the processes load it again.
+
     Args:
         crf: what to apply.
-        jobs: ``(image, scores, result)`` paths: an image that Pillow reads; a ``.npy`` of probabilities ``(C, H, W)``;
-            the label map to write, an indexed ``.png`` of one byte a pixel.
+        jobs: ``(image, scores, result)`` paths: an image that Pillow reads; a ``.npy`` of probabilities ``(C, H, W)``,
+            C at most 256; the label map to write, a ``.png`` of one byte a pixel. Its folder is made if it is missing.
         workers: processes; by default one per core. 0 works in this process.
 
     Yields:
         the path of each result once it is written, in the order of completion: a progress bar counts them.
 
     Raises:
-        ImportError: if Pillow is missing. Whatever a job raises comes out of the iteration.
+        ImportError: if Pillow is missing. ValueError: if a result is no ``.png``. Whatever a job raises comes out of
+            the iteration and names the file; a result is there whole or not at all.
 
     Example:
         >>> from ffr.crf import DenseCRF, crf_files
@@ -221,12 +225,16 @@ def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None)
     """
     _check.within("crf_files", workers=0 if workers is None else workers)
     paths = [tuple(str(path) for path in job) for job in jobs]
+    for *_, result in paths:
+        if not result.lower().endswith(".png"):
+            raise ValueError(f"crf_files: expected a result that ends in .png, which keeps labels exact, got {result}.")
     if workers == 0 or not paths:
         for job in paths:
             yield _refine_file(crf, *job)
         return
     # A forked process would inherit the threads of this one, and may hang in them.
     context = multiprocessing.get_context("spawn")
+    workers = min(workers or os.cpu_count() or 1, len(paths))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for done in as_completed([pool.submit(_refine_file, crf, *job) for job in paths]):
@@ -239,10 +247,17 @@ def _refine_file(crf: DenseCRF, image: str, scores: str, result: str) -> str:
     try:
         from PIL import Image
     except ImportError as error:
-        said = "crf_files: needs Pillow, which the extra `examples` brings."
-        raise ImportError(f"{said} Run pip install '.[examples]' in a checkout of ffr.") from error
+        raise ImportError("crf_files: Pillow is missing. Run pip install 'ffr[examples]'.") from error
     with Image.open(image) as opened:
         pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-    label = crf(pixels, torch.from_numpy(np.load(scores))).argmax(0)
-    Image.fromarray(label.to(torch.uint8).numpy()).save(result)
+    try:
+        label = crf(pixels, torch.from_numpy(np.load(scores))).argmax(0)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"crf_files: {scores} for {image}: {error}") from error
+    if int(label.max()) > 255:
+        raise ValueError(f"crf_files: {scores} gives label {int(label.max())}, and a byte ends at 255.")
+    os.makedirs(os.path.dirname(result) or ".", exist_ok=True)
+    part = f"{result}.part"
+    Image.fromarray(label.to(torch.uint8).numpy()).save(part, format="png")
+    os.replace(part, result)
     return result

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class PixelAdaptiveRefinement(nn.Module):
     over the 8 neighbours j at every dilation, edges replicated; :math:`s_i` is the unbiased standard deviation of a
     channel over those neighbours, :math:`k^\text{pos}` the same on distances. The weights sum to 1.01, so scores
     grow by that factor each iteration and their order does not care. Gradients flow through the scores alone.
+
+    Scores of a CUDA GPU that need no gradient go through a fused kernel where Triton is installed, unless they are
+    float64 or a compiler is tracing.
 
     Args:
         dilations: distances of the neighbours in pixels, each >= 1.
@@ -66,6 +70,14 @@ class PixelAdaptiveRefinement(nn.Module):
         _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
         _check.floating(owner, scores=scores)
         with torch.autocast(scores.device.type, enabled=False):
+            if _fused(images, scores):
+                from ffr import _refine_kernel
+
+                steps = [(d * dy, d * dx) for d in self.dilations for dy, dx in RING]
+                pixels = to_float(images).float()
+                return _refine_kernel.refine(pixels, scores.float(), steps, self._near, self.iterations).to(
+                    scores.dtype
+                )
             weights = self._weights(images)
             refined: Tensor = scores.to(torch.promote_types(scores.dtype, weights[0].dtype))
             for _ in range(self.iterations):
@@ -125,6 +137,18 @@ class PixelAdaptiveRefinement(nn.Module):
         for weight, neighbour in zip(weights, self._shifts(scores), strict=True):
             total.addcmul_(weight, neighbour)
         return total
+
+
+def _fused(images: Tensor, scores: Tensor) -> bool:
+    """Whether the kernel can run on these."""
+    return (
+        type(scores) is Tensor
+        and scores.is_cuda
+        and torch.float64 not in (images.dtype, scores.dtype)
+        and not (torch.is_grad_enabled() and scores.requires_grad)
+        and not torch.compiler.is_compiling()
+        and find_spec("triton") is not None
+    )
 
 
 def _position_weights(dilations: Sequence[int]) -> tuple[float, ...]:

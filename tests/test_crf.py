@@ -210,6 +210,29 @@ def test_files_become_label_maps(tmp_path, workers):
             assert np.array_equal(np.array(written), DenseCRF(iterations=2)(image, probs).argmax(0).numpy())
 
 
+def test_a_result_is_whole_or_not_there_and_errors_name_the_file(tmp_path):
+    image, probs = scene()
+    picture, scores, result = tmp_path / "a.png", tmp_path / "a.npy", tmp_path / "new" / "folder" / "a.png"
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(picture)
+    crf = DenseCRF(iterations=1)
+    for bad, error, message in (
+        (probs[:, :-1], ValueError, r"crf_files: .*a\.npy for .*a\.png: DenseCRF: expected `probs` of shape"),
+        (probs.long(), TypeError, r"crf_files: .*a\.npy for .*: DenseCRF: expected `probs` of a floating dtype"),
+        (torch.eye(300)[:, :, None, None].expand(-1, -1, 24, 32)[:, 299], ValueError, r"a\.npy gives label 299"),
+    ):
+        np.save(scores, bad.numpy())
+        with pytest.raises(error, match=message):
+            list(crf_files(crf, [(picture, scores, result)], workers=0))
+        assert not result.exists()
+    with pytest.raises(ValueError, match=r"crf_files: expected a result that ends in \.png.*got .*a\.jpg"):
+        list(crf_files(crf, [(picture, scores, result.with_suffix(".jpg"))], workers=0))
+    np.save(scores, probs.numpy())
+    assert list(crf_files(crf, [(picture, scores, result)], workers=0)) == [str(result)]
+    assert [path.name for path in result.parent.iterdir()] == ["a.png"]
+    with Image.open(result) as written:
+        assert written.mode == "L"
+
+
 def test_a_missing_file_is_the_error_of_the_iteration(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(crf_files(DenseCRF(), [(tmp_path / "none.png", tmp_path / "none.npy", tmp_path / "out.png")], workers=0))

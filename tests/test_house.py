@@ -25,20 +25,20 @@ COMPOSERS = {"__init__", "framework", "objective"}
 PARTS = {
     "crf": {"lattice"},
     "losses": {"lattice"},
-    "refine": {"cam"},
+    "refine": {"cam", "_refine_kernel"},
     "prototypes": {"cam"},
     "classifier": {"cam"},
     "encoder": {"cam"},
     "rectification": {"prototypes"},
     "frequency": {"_frequency_kernel"},
 }
-ALONE = {"_frequency_kernel": {"triton"}}  # what a file that is itself imported late may need at once
+ALONE = {"_frequency_kernel": {"triton"}, "_refine_kernel": {"triton"}}  # what a file that is itself imported late may need at once
 DESIGNED = {"__init__", "_check", "frequency", "prototypes", "rectification", "classifier", "cam", "refine", "lattice"}
 DESIGNED |= {"crf", "losses", "heads", "encoder", "framework", "metrics", "draw"}
 CORE = {"torch", "einops", "numpy", "scipy"}
 HEAVY = {"timm", "torchvision", "PIL", "matplotlib", "accelerate", "pycocotools", "tyro", "rich", "safetensors"}
 OFF_THE_DEVICE = {"cam", "classifier", "encoder", "framework", "frequency", "heads", "losses", "objective"}
-OFF_THE_DEVICE |= {"prototypes", "rectification", "refine", "_frequency_kernel"}
+OFF_THE_DEVICE |= {"prototypes", "rectification", "refine", "_frequency_kernel", "_refine_kernel"}
 WAITS = {"item", "tolist", "nonzero", "masked_select", "unique", "cpu", "numpy", "synchronize"}
 
 
@@ -106,6 +106,7 @@ def test_imports_point_one_way(module):
         ("frequency", "import triton", "triton"),
         ("frequency", "from ffr import _frequency_kernel", "ffr._frequency_kernel"),
         ("cam", "def f():\n    from ffr import _frequency_kernel", "ffr._frequency_kernel"),
+        ("refine", "import triton", "triton"),
         ("draw", "try:\n    from PIL import Image\nexcept ImportError:\n    pass", "PIL"),
         ("_check", "import numpy as np", "numpy"),
         ("_check", "def f():\n    import numpy as np", "numpy"),

@@ -1,0 +1,90 @@
+"""The fused kernel of the refinement against the eager form: in Triton's interpreter, and on a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ffr.refine import PixelAdaptiveRefinement, refine_label
+
+SCRIPT = """
+import sys
+import torch
+from ffr import _refine_kernel
+from ffr.refine import RING, PixelAdaptiveRefinement
+
+def fused(images, scores, dilations, iterations):
+    eager = PixelAdaptiveRefinement(dilations, iterations)
+    steps = [(d * dy, d * dx) for d in dilations for dy, dx in RING]
+    kept = images.clone(), scores.clone()
+    ours = _refine_kernel.refine(images, scores, steps, eager._near, iterations)
+    assert torch.equal(images, kept[0]) and torch.equal(scores, kept[1])
+    return float((ours - eager(images, scores)).abs().max())
+
+generator = torch.Generator().manual_seed(0)
+worst = 0.0
+for batch, channels, height, width, dilations, iterations in (
+    (2, 3, 11, 13, (1, 2, 4, 8, 12, 24), 2),  # reaches far beyond every edge; odd sizes
+    (1, 20, 16, 16, (1, 3), 2),  # more channels than a program holds, and whole blocks of pixels
+    (1, 1, 1, 9, (1, 2), 3),
+    (1, 2, 7, 1, (2,), 1),
+    (2, 2, 1, 1, (1,), 2),
+    (1, 2, 5, 6, (1,), 0),
+):
+    images = torch.rand(batch, 3, height, width, generator=generator)
+    images[:, :, : height // 2] = 0.5  # a flat patch
+    scores = torch.randn(batch, channels, height, width, generator=generator)
+    worst = max(worst, fused(images, scores, dilations, iterations))
+    turned = scores.transpose(2, 3).contiguous().transpose(2, 3), images.flip(3)
+    worst = max(worst, fused(turned[1], turned[0], dilations, iterations))
+print(worst)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton (Linux)")
+def test_in_the_interpreter_the_kernel_is_the_eager_form():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read where a kernel is defined, so in a process of its own
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) <= 2e-6
+
+
+def test_without_a_gpu_nothing_asks_for_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffr._refine_kernel", None)  # an import would fail
+    images, scores = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 9, 9)
+    assert PixelAdaptiveRefinement((1, 2), 2)(images, scores).shape == (1, 2, 9, 9)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("triton") is None, reason="needs a CUDA GPU and Triton (Linux)"
+)
+def test_on_a_gpu_the_kernel_is_the_eager_form_and_waits_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    images, scores = torch.rand(2, 3, 97, 110, generator=generator), torch.rand(2, 21, 97, 110, generator=generator)
+    refine = PixelAdaptiveRefinement()
+    wanted = refine(images, scores)
+    images, scores = images.cuda(), scores.cuda()
+    assert_close(refine(images, scores).cpu(), wanted, rtol=0, atol=2e-6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = refine(images, scores)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_close(again.cpu(), wanted, rtol=0, atol=2e-6)
+    with_gradient = scores.clone().requires_grad_()  # the eager form
+    assert_close(refine(images, with_gradient).detach(), again, rtol=0, atol=2e-6)
+    assert torch.autograd.grad(refine(images, with_gradient).sum(), with_gradient)[0].isfinite().all()
+    half = refine(images.half(), scores.half())
+    assert half.dtype == torch.float16
+    assert_close(half.float().cpu(), wanted, rtol=0, atol=2e-2)
+    labels = torch.ones(2, 5)
+    cam = torch.rand(2, 5, 7, 7, generator=generator)
+    ours = refine_label(images, cam.cuda(), labels.cuda(), refinement=refine).cpu()
+    assert (ours == refine_label(images.cpu(), cam, labels, refinement=refine)).float().mean() >= 0.9999
