@@ -357,6 +357,7 @@ def test_an_image_without_a_label_is_background():
     none = loss(images, torch.zeros_like(labels), step=0)
     assert finite(loss, none)
     assert none.rect == 0
+    assert none.energy < 0
     # background throughout: half the cross-entropy of class 0, and half of the pairs, all of them positive
     logits = F.interpolate(loss.model(images), size=images.shape[2:], mode="bilinear", align_corners=False)
     assert_close(none.seg, -0.5 * logits.log_softmax(1)[:, 0].mean().detach())
@@ -366,6 +367,23 @@ def test_an_image_without_a_label_is_background():
     assert_close(none.aff, (0.5 * (1 - alike / (pairs + 1))).detach())
     # and beside a labelled image
     assert finite(loss, loss(images, labels * torch.tensor([[1], [0]]), step=0))
+
+
+def test_where_nothing_is_decided_the_terms_of_labels_are_exactly_zero(monkeypatch):
+    images, labels = batch()
+
+    def undecided(maps):
+        return torch.full((maps.shape[0], *maps.shape[2:]), 255)
+
+    monkeypatch.setattr("ffr.objective.refine_label", lambda x, cams, *_, **__: tuple(undecided(x) for _ in cams))
+    monkeypatch.setattr("ffr.objective.cam_to_label", lambda cam, **_: undecided(cam))
+    loss = objective()
+    terms = loss(images, labels, step=0)
+    assert terms.ignored == 1
+    assert terms.seg == terms.seg_high == terms.aff == terms.energy == 0
+    assert finite(loss, terms)
+    assert not any(name.startswith("head") for name in reached(grads(loss, terms.total)))
+    assert_close(terms.total.detach(), terms.cls + terms.cls_inter + loss.lambda_l * terms.rect)
 
 
 @pytest.mark.parametrize("size", [1, 3])
