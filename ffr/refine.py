@@ -148,6 +148,7 @@ def _fused(images: Tensor, scores: Tensor) -> bool:
         and not (torch.is_grad_enabled() and scores.requires_grad)
         and not torch.compiler.is_compiling()
         and find_spec("triton") is not None
+        and torch.cuda.get_device_capability(scores.device) >= (8, 0)
     )
 
 

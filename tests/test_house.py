@@ -32,7 +32,10 @@ PARTS = {
     "rectification": {"prototypes"},
     "frequency": {"_frequency_kernel"},
 }
-ALONE = {"_frequency_kernel": {"triton"}, "_refine_kernel": {"triton"}}  # what a file that is itself imported late may need at once
+ALONE = {
+    "_frequency_kernel": {"triton"},
+    "_refine_kernel": {"triton"},
+}  # what a file that is itself imported late may need at once
 DESIGNED = {"__init__", "_check", "frequency", "prototypes", "rectification", "classifier", "cam", "refine", "lattice"}
 DESIGNED |= {"crf", "losses", "heads", "encoder", "framework", "metrics", "draw"}
 CORE = {"torch", "einops", "numpy", "scipy"}
