@@ -1,0 +1,651 @@
+"""train.py: the recipe's settings, one run on any number of ranks, stopped and gone on, and what it refuses."""
+
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train
+from PIL import Image
+from recipe import checkpoint
+from recipe.config import PRESETS, SCENES, VOC, Config
+from recipe.data import Item, TrainImages, read_split, write_split
+from recipe.engine import Trainer
+from recipe.scenes import CLASSES, make_scenes
+from recipe.weights import fill, load_weights, save_weights
+from safetensors.torch import load_file
+
+from ffr.draw import save_label
+
+ROOT = Path(__file__).parents[1]
+# Four blocks of the small network on a few scenes: a step is some 30 ms.
+FEW = {
+    "steps": 8, "scenes": (16, 4), "batch_size": 4, "warmup": 2, "seg_start": 3, "affinity_start": 2, "log_every": 1,
+    "save_every": 2, "val_every": 4, "device": "cpu",
+}  # fmt: skip
+COCO = PRESETS["coco"][1]
+
+
+def flags(**settings):
+    """As on a command line."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def run(monkeypatch, preset="scenes", **settings):
+    monkeypatch.setattr("sys.argv", ["train.py", preset, *flags(**{**FEW, **settings})])
+    return train.main()
+
+
+def logged(out, kind="train"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def same_weights(one, two):
+    one, two = load_file(one), load_file(two)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without a stop."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, out=out) == 0
+    return out
+
+
+def make_folder(folder, size=64):
+    """A prepared folder of scenes, as files."""
+    folder.mkdir()
+    for split, count in (("train", 12), ("val", 5)):
+        scenes, items = make_scenes(split, count, size), []
+        for i, (image, mask, labels) in enumerate(zip(*scenes, strict=True)):
+            paths = folder / f"{split}{i}.jpg", folder / f"{split}{i}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[0])
+            save_label(paths[1], mask)
+            items.append(Item(f"{split}{i}", *paths, tuple(labels.nonzero().flatten().tolist())))
+        write_split(folder, split, CLASSES, items)
+    return folder
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_presets_are_the_recipe_of_the_method():
+    assert (VOC.steps, VOC.batch_size, COCO.steps, COCO.batch_size) == (20_000, 4, 80_000, 8)
+    assert (VOC.lr, VOC.warmup, VOC.power, VOC.weight_decay, VOC.head_scale) == (6e-5, 2000, 0.9, 0.01, 10)
+    assert (VOC.seg_start, VOC.affinity_start, COCO.seg_start, COCO.affinity_start) == (2000, 0, 8000, 12_000)
+    assert (VOC.high, VOC.low, COCO.high, COCO.low) == (0.7, 0.25, 0.65, 0.25)
+    assert (VOC.cam_threshold, COCO.cam_threshold) == (0.5, 0.45)
+    assert (VOC.crop, VOC.crop_scale, VOC.flip, VOC.jitter) == (448, (0.32, 1.0), 0.5, 0.5)
+    assert (VOC.model, VOC.pretrained, VOC.intermediate) == ("vit_base_patch16_224", True, -3)
+    assert (VOC.mu, VOC.lambda_h, VOC.lambda_l, VOC.w_seg, VOC.w_aff, VOC.w_reg) == (0.4, 2, 1, 0.1, 0.2, 0.05)
+    assert (VOC.gap, VOC.min_fraction, VOC.seed_threshold) == (0.05, 0.05, 0.7)
+    assert (VOC.cam_scales, VOC.cam_flip) == ((1.0, 0.5, 1.5), True)
+    assert replace(PRESETS["folder"][1], data=VOC.data, out=VOC.out) == VOC
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_can_be_used_and_survives_json(name):
+    config = PRESETS[name][1]
+    config.check()
+    assert Config.from_json(json.loads(config.to_text())) == config
+
+
+def test_every_setting_says_why():
+    text = (ROOT / "examples" / "recipe" / "config.py").read_text(encoding="utf-8")
+    for field in fields(Config):
+        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), field.name
+
+
+def test_settings_of_another_version_are_refused_by_name():
+    with pytest.raises(ValueError, match="name nu, which this version"):
+        Config.from_json({"nu": 1})
+
+
+def test_torchrun_takes_none_of_our_flags_for_its_own():
+    """It accepts any unique beginning of its options, and refuses one that could be several."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = [flag for action in get_args_parser()._actions for flag in action.option_strings]
+    ours = ["--" + field.name.replace("_", "-") for field in fields(Config)]
+    assert [flag for flag in ours if any(other.startswith(flag) for other in theirs)] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "--steps: expected at least 1, got 0"),
+        ({"batch_size": 6, "accumulate": 4}, "--batch-size: expected a multiple of --accumulate 4: 6"),
+        ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
+        ({"lr": math.nan}, "--lr: expected more than 0, got nan"),
+        ({"mu": 0.6}, r"--mu: expected 0 to 0.5, got 0.6"),
+        ({"low": 0.8, "high": 0.7}, r"--low: expected 0 to --high, 0.7, got 0.8"),
+        ({"crop_scale": (0.5, 0.2)}, r"--crop-scale: expected 0 < low <= high <= 1"),
+        ({"cam_scales": (1.0, 0.0)}, r"--cam-scales: expected factors above 0"),
+        ({"val_images": 0}, "--val-images: expected at least 1"),
+        ({"w_seg": -1.0}, "--w-seg: expected 0 or more"),
+        ({"model": "small", "pretrained": True}, "--pretrained: .*--no-pretrained"),
+        ({"pretrained": True, "checkpoint": Path("a.pth"), "model": "vit_tiny_patch16_224"}, "--checkpoint: "),
+        ({"fsdp": True, "precision": "fp16"}, "--fsdp: .*bf16"),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused_by_their_flag(settings, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SCENES, **settings).check()
+
+
+# A run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_weights_checkpoints_and_logs(whole):
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == [
+        "best.safetensors", "checkpoint-00000006.pt", "checkpoint-00000008.pt", "last.safetensors", "log.jsonl",
+        "tensorboard",
+    ]  # fmt: skip
+    assert any((whole / "tensorboard").iterdir())
+    terms = logged(whole)
+    assert [line["step"] for line in terms] == list(range(1, 9))
+    for name in ("total", "cls", "cls_inter", "seg", "seg_high", "rect", "aff", "ignored", "foreground", "selected"):
+        assert all(math.isfinite(line[name]) for line in terms)
+        assert terms[-1][name] > 0, name
+    assert terms[0]["seg"] == terms[2]["seg"] == 0 < terms[3]["seg"]
+    assert terms[0]["aff"] == terms[1]["aff"] == 0 < terms[2]["aff"]
+    assert [line["step"] for line in logged(whole, "val")] == [4, 8]
+    (about,) = logged(whole, "run")
+    assert about["config"]["steps"] == 8 and about["ranks"] == 1 and "torch" in about["versions"]
+
+
+def test_the_learning_rate_of_each_step_is_logged(whole):
+    rates = [line["lr"] for line in logged(whole)]
+    assert rates[0] == pytest.approx(2e-9)
+    assert rates[2:] == pytest.approx([2e-3 * (1 - step / 8) ** 0.9 for step in range(2, 8)])
+
+
+def test_weights_know_their_network_and_what_they_scored(whole):
+    trained = load_weights(whole / "best.safetensors")
+    assert trained.classes == CLASSES and trained.config.steps == 8 and not trained.model.training
+    scores = {line["step"]: line["seg_miou"] for line in logged(whole, "val")}
+    assert trained.facts["scores"]["seg_miou"] == scores[trained.facts["step"]] == max(scores.values())
+    state = torch.load(whole / "checkpoint-00000008.pt", weights_only=True)["model"]
+    ours = load_file(whole / "last.safetensors")
+    assert all(torch.equal(state[f"model.{name}"], ours[name]) for name in ours)
+
+
+def test_it_trains_what_the_quickstart_trains(monkeypatch, tmp_path):
+    import quickstart
+    from recipe import engine
+
+    settings = quickstart.Settings(steps=5)
+    objective = quickstart.build(settings)
+    engine.train(objective, make_scenes("train", 16, 64), steps=5, seed=0, device="cpu", **quickstart.TRAINING)
+    code = run(
+        monkeypatch, out=tmp_path / "run", steps=5, batch_size=quickstart.TRAINING["batch_size"], warmup=1,
+        seg_start=objective.start, affinity_start=objective.affinity_start, val_every=0,
+    )  # fmt: skip
+    ours = load_weights(tmp_path / "run" / "last.safetensors").model.state_dict()
+    assert code == 0
+    assert all(torch.equal(ours[name], value) for name, value in objective.model.state_dict().items())
+
+
+def test_a_step_in_parts_is_the_step_where_nothing_is_normalised_over_the_batch(monkeypatch, tmp_path):
+    off = {
+        "steps": 3,
+        "seg_start": 9,
+        "affinity_start": 9,
+        "model": "vit_tiny_patch16_224",
+        "clip": 0.0,
+        "val_every": 0,
+    }
+    for parts in (1, 2):
+        assert run(monkeypatch, out=tmp_path / str(parts), accumulate=parts, **off) == 0
+    one, two = (load_file(tmp_path / parts / "last.safetensors") for parts in "12")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    terms = [logged(tmp_path / parts) for parts in "12"]
+    assert [line["cls"] for line in terms[0]] == pytest.approx([line["cls"] for line in terms[1]], rel=1e-4)
+
+
+def test_a_prepared_folder_is_trained_on_with_workers_and_without(monkeypatch, tmp_path):
+    data = make_folder(tmp_path / "data")
+    small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "dilation": 2, "cam_scales": (1.0,)}
+    small |= {"steps": 4, "seg_start": 1, "affinity_start": 1, "high": 0.3, "low": 0.1, "w_reg": 0.05}
+    for workers in (0, 2):
+        assert run(monkeypatch, "folder", data=data, out=tmp_path / str(workers), workers=workers, **small) == 0
+    assert same_weights(tmp_path / "0" / "last.safetensors", tmp_path / "2" / "last.safetensors")
+    assert logged(tmp_path / "0")[-1]["energy"] != 0
+    assert logged(tmp_path / "0", "val")[-1]["images"]["segmentation"] == 5
+
+
+def test_without_ffr_neither_its_head_nor_its_rectification_counts(monkeypatch, tmp_path):
+    assert run(monkeypatch, out=tmp_path / "run", lambda_h=0.0, lambda_l=0.0, val_every=0) == 0
+    last = logged(tmp_path / "run")[-1]
+    assert last["seg_high"] == last["rect"] == 0 < last["seg"]
+
+
+# Stopped and gone on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "at"), [(signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 2)]
+)  # before a start
+def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
+    number, code, at, whole, monkeypatch, tmp_path, capsys
+):
+    out, write = tmp_path / "run", train.Log.write
+
+    def interrupted(self, step, kind, values):
+        write(self, step, kind, values)
+        if (step, kind) == (at, "train"):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Log, "write", interrupted)
+        assert run(patch, out=out) == code
+    assert f"interrupted after step {at}, which is saved" in capsys.readouterr().out
+    assert checkpoint.checkpoints(out)[0].name == f"checkpoint-0000000{at}.pt"
+    assert signal.getsignal(number) is not None
+    assert run(monkeypatch, out=out, resume=True) == 0
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+    assert same_weights(out / "best.safetensors", whole / "best.safetensors")
+    terms = [[{**line, "images_per_second": 0} for line in logged(each)] for each in (out, whole)]
+    assert terms[0] == terms[1]
+    assert [line["step"] for line in logged(out, "run")] == [0, at]
+
+
+def test_log_lines_after_the_checkpoint_are_dropped_when_a_run_goes_on(whole, monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "checkpoint-00000008.pt").unlink()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "kind": "tr')  # a kill in the middle of a line
+    assert run(monkeypatch, out=out, resume=True) == 0
+    assert [line["step"] for line in logged(out)] == list(range(1, 9))
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+def test_a_new_run_does_not_touch_an_old_one(whole, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert run(monkeypatch, out=whole) == 2
+    assert "--out: " in (said := capsys.readouterr().err) and "holds a run" in said and "--resume" in said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 1e-3}, r"--lr was 0.002, now 0.001"),
+        ({"hidden": 32}, r"--hidden was 64, now 32"),
+        ({"model": "vit_tiny_patch16_224"}, r"--model was small, now vit_tiny_patch16_224"),
+        ({"lambda_h": 0.0, "seed": 3}, r"--lambda-h was 2.0, now 0.0; --seed was 0, now 3"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_its_flags(settings, message, whole, monkeypatch, capsys, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    assert run(monkeypatch, out=out, resume=True, **settings) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+def test_other_images_are_another_run(monkeypatch, tmp_path, capsys):
+    data = make_folder(tmp_path / "data")
+    small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "dilation": 2, "steps": 2, "val_every": 0}
+    small |= {"data": data, "out": tmp_path / "run", "seg_start": 9, "affinity_start": 9, "workers": 0}
+    assert run(monkeypatch, "folder", **small) == 0
+    split = read_split(data, "train")
+    write_split(data, "train", split.classes, split.items[1:])
+    assert run(monkeypatch, "folder", resume=True, **small) == 2
+    assert "the samples are others" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path(Bomb.path),))
+
+
+def test_a_broken_or_foreign_checkpoint_is_refused_and_never_executed(whole, monkeypatch, capsys, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    path = out / "checkpoint-00000008.pt"
+    good = path.read_bytes()
+    Bomb.path = str(tmp_path / "executed")
+    for content in (good[: len(good) // 2], b"", b"no checkpoint", pickle.dumps(Bomb())):
+        path.write_bytes(content)
+        assert run(monkeypatch, out=out, resume=True) == 2
+        said = capsys.readouterr().err
+        assert "checkpoint-00000008.pt" in said and "checkpoint-00000006.pt" in said, content[:9]
+    torch.save({"step": 8, "config": SCENES.to_text(), "bomb": Bomb()}, path)
+    assert run(monkeypatch, out=out, resume=True) == 2
+    assert not (tmp_path / "executed").exists()
+    path.unlink()
+    assert run(monkeypatch, out=out, resume=True) == 0  # the older one is as good
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+def test_there_is_nothing_to_go_on_from(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, out=tmp_path / "run", resume=True) == 2
+    assert "--resume: there is no checkpoint in" in capsys.readouterr().err
+
+
+# What goes wrong --------------------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, at):
+    """The classifier's weight is NaN from that step on."""
+    build = train.Trainer
+
+    def make(*args):
+        trainer = build(*args)
+        forward = trainer.wrapped.forward
+
+        def hurt(images, labels, *, step, max_present):
+            if step == at:
+                with torch.no_grad():
+                    trainer.model.classifier.weight.fill_(math.nan)
+            return forward(images, labels, step=step, max_present=max_present)
+
+        trainer.wrapped.forward = hurt
+        return trainer
+
+    monkeypatch.setattr(train, "Trainer", make)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_term_that_is_not_finite_stops_the_run_and_leaves_the_evidence(log_every, monkeypatch, capsys, tmp_path):
+    poisoned(monkeypatch, at=5)
+    assert run(monkeypatch, out=tmp_path, log_every=log_every, val_every=0) == 3
+    said = capsys.readouterr().err
+    assert "step 5: the loss term `cls` is not finite" in said and "diverged.pt" in said
+    kept = torch.load(tmp_path / "diverged.pt", weights_only=True)
+    assert (kept["step"], kept["term"], kept["samples"]) == (5, "cls", [20, 21, 22, 23])
+    assert kept["images"][1] == "scene 1 of step 5" and math.isnan(kept["values"]["total"])
+    assert kept["model"]["classifier.weight"].isnan().all()
+    finite = all(value.isfinite().all() for name, value in kept["model"].items() if name.startswith("encoder"))
+    assert finite == (log_every == 1)  # seen before the step, or two steps later
+    assert checkpoint.checkpoints(tmp_path)[0].name in said
+
+
+def test_a_failing_write_keeps_the_checkpoints_that_are_there(whole, monkeypatch, capsys, tmp_path):
+    save = torch.save
+
+    def full(content, path):
+        if content["step"] < 6:
+            return save(content, path)
+        Path(path).write_bytes(b"the beginning")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(monkeypatch, out=tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "cannot write" in said and "checkpoint-00000006.pt" in said and "No space left" in said
+    assert "--resume; good ones: checkpoint-00000004.pt, checkpoint-00000002.pt" in said
+    assert sorted(p.name for p in tmp_path.glob("*check*")) == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
+    assert not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(torch, "save", save)
+    assert run(monkeypatch, out=tmp_path, resume=True) == 0
+    assert same_weights(tmp_path / "last.safetensors", whole / "last.safetensors")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_on_the_way_is_named_and_the_steps_before_are_kept(workers, monkeypatch, capsys, tmp_path):
+    data = make_folder(tmp_path / "data")
+    images = TrainImages(read_split(data, "train"), 64, 0)
+    hurt = images.item(9).image  # step 2
+    hurt.write_bytes(hurt.read_bytes()[:300])
+    out = tmp_path / "run"
+    small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "dilation": 2, "workers": workers}
+    small |= {"seg_start": 9, "affinity_start": 9, "save_every": 0, "steps": 3, "val_every": 0, "w_aff": 0.0}
+    assert run(monkeypatch, "folder", data=data, out=out, **small) == 2
+    said = capsys.readouterr().err
+    assert hurt.name in said and said.count("\n") == 1
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-00000002.pt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "--device: torch sees no GPU here"),
+        ({"device": "auto", "precision": "bf16"}, "--precision: bf16 is for a GPU, and torch sees none here"),
+        ({"precision": "fp16"}, "--precision: fp16 needs a GPU"),
+        ({"fsdp": True}, "--fsdp: there is one rank alone"),
+        ({"data": Path("no/such/folder")}, r"there is no no/such/folder/train.json"),
+        ({"model": "vit_tiny_patch17_224"}, "timm knows no model 'vit_tiny_patch17_224'"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_what_this_machine_or_folder_lacks_is_said_by_flag(settings, message, monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, out=tmp_path / "run", **settings) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_built(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(monkeypatch, out=out) == 2
+        assert re.search("--out: (expected a folder|cannot write)", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(3, 1), (2, 4), (8, 1)])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(ranks, accumulate):
+    config = replace(SCENES, batch_size=4, accumulate=accumulate)
+    with pytest.raises(ValueError, match=rf"--batch-size: .*= {ranks} x {accumulate}, got 4"):
+        Trainer(config, None, 3, SimpleNamespace(process_index=0, num_processes=ranks))
+
+
+def test_validation_with_other_classes_is_refused(monkeypatch, capsys, tmp_path):
+    data = make_folder(tmp_path / "data")
+    split = read_split(data, "val")
+    write_split(data, "val", [*split.classes[:-1], "another"], split.items)
+    assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", model="small", pretrained=False) == 2
+    assert "--val-split: val has other classes than train" in capsys.readouterr().err
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_model_are_refused_by_the_names_that_do_not_fit(whole, tmp_path):
+    trained = load_weights(whole / "last.safetensors")
+    state = trained.model.state_dict()
+    weight = state.pop("classifier.weight")
+    state |= {"classifier.weights": weight, "intermediate_classifier.weight": weight[:3].clone()}
+    message = (
+        r"--weights: x is of another model: it lacks classifier\.weight; has unknown classifier\.weights; "
+        r"has another shape of intermediate_classifier\.weight\. Check --model"
+    )
+    with pytest.raises(ValueError, match=message):
+        fill(trained.model, state, "--weights: x")
+    save_weights(tmp_path / "odd.safetensors", state, trained.config, trained.classes)
+    with pytest.raises(ValueError, match=r"--weights: .*odd.safetensors is of another model"):
+        load_weights(tmp_path / "odd.safetensors")
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_weights(tmp_path / "none.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    Bomb.path = str(tmp_path / "executed")
+    (tmp_path / "bomb.safetensors").write_bytes(pickle.dumps(Bomb()))
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    for name, message in (("torn", "cannot read {}"), ("bomb", "cannot read {}"), ("foreign", "{} does not say what")):
+        with pytest.raises(ValueError, match="--weights: " + message.format(rf".*{name}\.safetensors")):
+            load_weights(tmp_path / f"{name}.safetensors")
+    assert not (tmp_path / "executed").exists()
+
+
+# Many ranks, many kills -------------------------------------------------------------------------------------------
+
+# Pixels between two labels may fall either way, where sums are taken in another order; the heads learn slowly here, so
+# that one pixel stays below the bound.
+RANKED = {
+    "model": "vit_tiny_patch16_224", "pretrained": False, "crop": 64, "hidden": 32, "steps": 20, "warmup": 5,
+    "seg_start": 10, "affinity_start": 3, "high": 0.5, "low": 0.3, "affinity_high": 0.5, "affinity_low": 0.3,
+    "val_every": 10, "save_every": 10, "workers": 0, "lr": 6e-5, "head_scale": 2.0,
+}  # fmt: skip
+
+
+def launched(ranks, port, **settings):
+    """As a user would with torchrun."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(port),
+    ]
+    command += [str(ROOT / "examples" / "train.py"), "folder", *flags(**{**FEW, **RANKED, **settings})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    data = make_folder(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "folder", data=data, out=folder / "one", **RANKED) == 0
+    return data, folder / "one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_train_and_score_what_one_does(fsdp, one_rank, tmp_path):
+    data, one = one_rank
+    done = launched(2, 29611 + fsdp, data=data, out=tmp_path / "two", fsdp=fsdp)
+    assert done.returncode == 0, done.stderr[-3000:]
+    mine, theirs = logged(one), logged(tmp_path / "two")
+    assert len(mine) == len(theirs) == 20
+    for a, b in zip(mine, theirs, strict=True):
+        for name in ("total", "cls", "cls_inter", "seg", "seg_high", "rect", "aff", "energy", "lr"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
+        for name in ("ignored", "foreground"):  # a pixel between two labels may fall either way
+            assert a[name] == pytest.approx(b[name], abs=1e-3), (a["step"], name)
+    assert all(mine[-1][name] != 0 for name in ("seg", "seg_high", "rect", "aff", "energy"))
+    one_state, two_state = load_file(one / "last.safetensors"), load_file(tmp_path / "two" / "last.safetensors")
+    for name, value in one_state.items():
+        assert (value - two_state[name]).abs().max() <= 1e-5, name
+    for a, b in zip(logged(one, "val"), logged(tmp_path / "two", "val"), strict=True):
+        assert a["images"] == b["images"]
+        for name in ("seg_miou", "cam_miou", "cam_inter_miou", "classification_map"):  # of weights 1e-6 apart
+            assert a[name] == pytest.approx(b[name], abs=0.5)
+    before = torch.load(one / "checkpoint-00000010.pt", weights_only=True)["model"]["model.classifier.weight"]
+    assert (one_state["classifier.weight"] - before).abs().max() > 1e-4  # it moves far more than that
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_the_checkpoint_of_one(one_rank, tmp_path):
+    data, one = one_rank
+    out = shutil.copytree(one, tmp_path / "run")
+    (out / "checkpoint-00000020.pt").unlink()
+    done = launched(2, 29613, data=data, out=out, resume=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one_state, two_state = load_file(one / "last.safetensors"), load_file(out / "last.safetensors")
+    assert max(float((one_state[name] - two_state[name]).abs().max()) for name in one_state) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_ranks_cannot_share_is_refused_once(one_rank, tmp_path):
+    done = launched(2, 29614, data=one_rank[0], out=tmp_path / "run", batch_size=3)
+    assert done.returncode != 0
+    assert "--batch-size: expected a multiple of ranks x --accumulate = 2 x 1, got 3" in done.stderr
+
+
+LONG = {"steps": 60, "save_every": 2, "val_every": 0, "log_every": 5, "seg_start": 20, "affinity_start": 20}
+
+
+def child(out, resume):
+    """A whole run in a process of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", "scenes", *flags(**{**FEW, **LONG, "out": out, "resume": resume})]
+    os._exit(train.main())
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path):
+    context = get_context("forkserver")  # children start with everything imported, and without threads
+    context.set_forkserver_preload(["train", "test_train"])
+    random_ = random.Random(0)
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+    process = context.Process(target=child, args=(straight, False))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    kills = inside = 0
+    code = None
+    while code != 0:
+        assert kills < 80, f"{kills} kills, {inside} of them inside a write"
+        resume = bool(checkpoint.checkpoints(out)) if out.exists() else False
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        process = context.Process(target=child, args=(out, resume))
+        process.start()
+        if kills < 20 or inside < 5:
+            until = time.monotonic() + random_.uniform(0.1, 1.5)
+            in_write = kills % 2 == 0  # every other kill waits for a checkpoint that is being written
+            while process.is_alive() and (in_write or time.monotonic() < until):
+                if in_write and list(out.glob(".checkpoint-*")):
+                    break
+                time.sleep(0.0002)
+            process.kill()
+        process.join()
+        code = process.exitcode
+        if code != 0:
+            assert code == -signal.SIGKILL
+            kills += 1
+            inside += bool(list(out.glob(".checkpoint-*")))
+        for path in checkpoint.checkpoints(out):
+            assert torch.load(path, weights_only=True)["step"] == int(path.stem[-8:])
+        if code == 0 and (kills < 20 or inside < 5):  # it came to its end too early: once more, from the beginning
+            assert same_weights(straight / "last.safetensors", out / "last.safetensors")
+            shutil.rmtree(out)
+            code = None
+    print(f"{kills} kills, {inside} of them inside a checkpoint's write")
+    assert kills >= 20 and inside >= 5
+    assert same_weights(straight / "last.safetensors", out / "last.safetensors")
+    assert not list(out.glob(".checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_the_run_with_its_name_and_an_older_checkpoint(tmp_path):
+    """A limit on the size of files stands for the disk: every byte beyond it fails as on a full one."""
+    import resource
+
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "scenes", *flags(**{**FEW, "out": out})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # a checkpoint has some 5 MB
+
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=limit, timeout=300)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert (
+        "cannot write" in done.stderr and "checkpoint-00000002.pt" in done.stderr and "good ones: none" in done.stderr
+    )
+    assert not list(out.glob("*checkpoint*"))
