@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.config import SCENES
+from recipe.config import PRESETS, SCENES
 from recipe.data import EvalImages, Item, SceneExamples, Split, read_split, write_split
 from recipe.evaluation import (
     CHOSEN,
@@ -31,7 +31,7 @@ from recipe.evaluation import (
 )
 from recipe.network import small_ffr
 from recipe.scenes import CLASSES, make_scenes
-from recipe.weights import save_weights
+from recipe.weights import Trained, save_weights
 from torch.nn import functional as F
 
 from ffr import DenseCRF
@@ -386,6 +386,18 @@ def command(weights, folder, tmp_path, monkeypatch, capsys):
         return code, captured.out + captured.err, json.loads(out.read_text()) if out.is_file() else None
 
     return run
+
+
+def test_the_rows_are_the_protocols_of_the_recipe():
+    rows = ("single", "single-crf", "multi", "multi-crf")
+    for preset, threshold in (("voc", 0.5), ("coco", 0.45)):
+        trained = Trained(None, PRESETS[preset][1], (), {})
+        made = script.Settings(Path("w"), rows=rows).protocols(trained)
+        single = Protocol(threshold=threshold)
+        multi = Protocol((1.0, 1.25, 1.5), flip=True, threshold=threshold, cam_scales=(1.0, 0.5, 1.5))
+        assert list(made.values()) == [single, replace(single, crf=True), multi, replace(multi, crf=True)]
+    assert script.Settings(Path("w"), threshold=0.3).protocols(trained)["single"].threshold == 0.3
+    assert script.Settings(Path("w"), sweep=True).protocols(trained)["single"].threshold is None
 
 
 def test_the_table_and_the_json_are_those_of_the_function(command, folder):
