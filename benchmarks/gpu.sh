@@ -34,8 +34,9 @@ run 100 frequency frequency.py
 run 50 prototypes prototypes.py
 run 50 cams cams.py
 run 60 refinement refinement.py
-run 40 crf crf.py
+run 50 crf crf.py --limit 2 --rounds 2
+run 20 energy energy.py --rounds 3
 run 110 step-compiled step.py --precision bf16 --compile blocks
-run 100 inference inference.py --precision bf16
+run 90 inference inference.py --precision bf16
 printf '\n'
 printf '%s\n' "${report[@]}"
