@@ -53,6 +53,8 @@ class Arguments:
     iterations: int = 10
     rounds: int = 7
     batch: int = 1
+    cases: tuple[tuple[int, int], ...] = CASES
+    """side of the image and channels of the scores, pair after pair"""
     threads: int = 1
     device: str = "cpu"
     compile: bool = True
@@ -91,7 +93,7 @@ def usual(images: Tensor, scores: Tensor, iterations: int = 10) -> Tensor:
 def speed(arguments: Arguments) -> list[dict[str, Any]]:
     """Each case: how many times faster and smaller, and how far apart."""
     rows = []
-    for side, channels in CASES:
+    for side, channels in arguments.cases:
         generator = torch.Generator().manual_seed(side)
         coarse = torch.rand(arguments.batch, 3, side // 8, side // 8, generator=generator)
         images = F.interpolate(coarse, size=(side, side), mode="bilinear").to(arguments.device)
@@ -104,7 +106,7 @@ def speed(arguments: Arguments) -> list[dict[str, Any]]:
         wanted = usual(images, scores, arguments.iterations)
         apart = {name: float((function() - wanted).abs().max()) for name, function in functions.items()}
         functions["usual"] = partial(usual, images, scores, arguments.iterations)
-        times = harness.measure(functions, rounds=arguments.rounds, device=arguments.device)
+        times = harness.measure(functions, rounds=arguments.rounds, warmup=1, device=arguments.device)
         peaks = {name: harness.peak_bytes(function, arguments.device) for name, function in functions.items()}
         for name in apart:
             rows.append(

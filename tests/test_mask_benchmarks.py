@@ -59,8 +59,8 @@ def test_the_energy_is_measured_beside_its_scale(tmp_path, monkeypatch, capsys):
 
 
 def test_the_refinement_is_measured_beside_its_difference(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(refinement, "CASES", ((32, 2),))
-    record = run(refinement, monkeypatch, tmp_path / "r.json", "--rounds", 1, "--no-compile")
+    options = "--cases", 32, 2, "--rounds", 1, "--no-compile"
+    record = run(refinement, monkeypatch, tmp_path / "r.json", *options)
     (row,) = record["rows"]
     assert (row["side"], row["channels"], row["form"]) == (32, 2, "eager")
     assert row["max_difference"] < 2e-6 and row["peak_bytes"] < row["peak_bytes_usual"]
