@@ -60,6 +60,15 @@ def test_pixels_are_renewed_block_by_block_as_at_once(monkeypatch):
         assert_close(crf(image, probs), whole)
 
 
+def test_heavy_kernels_still_tell_two_likely_labels_apart():
+    """One pixel hears itself: 500 x .6 against 500 x .4, both beyond what a power of two holds in float32."""
+    image, probs = torch.zeros(3, 1, 1, dtype=torch.uint8), torch.tensor([0.6, 0.4])[:, None, None]
+    ours = DenseCRF(gaussian_compat=0, bilateral_compat=500, iterations=1)(image, probs)
+    assert_close(ours.flatten(), torch.tensor([1.0, 0.0]))
+    mild = DenseCRF(gaussian_compat=0, bilateral_compat=20, iterations=1)(image, probs)
+    assert_close(mild.flatten(), (torch.tensor([0.6, 0.4]).log() + 20 * torch.tensor([0.6, 0.4])).softmax(0))
+
+
 def test_the_defaults_are_those_of_the_recipe():
     crf = DenseCRF()
     assert (crf.gaussian_sxy, crf.gaussian_compat, crf.iterations) == (1, 1, 10)
