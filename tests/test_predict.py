@@ -333,7 +333,7 @@ def test_no_two_images_share_a_name_in_any_case_and_names_stay(chosen, split):
         (["{}", "--max-side", "8"], "--max-side: expected at least 16, got 8"),
         (["{}", "--alpha", "2"], "--alpha: expected 0 to 1, got 2"),
         (["{}", "--multi", "--scales", "0"], "--scales: expected factors above 0"),
-        (["{}", "--crf-prune", "1"], "--crf-prune: expected 0 or more and less than 1"),
+        (["{}", "--crf-prune", "2"], "--crf-prune: expected 0 to 1"),
         (["{}", "--precision", "fp16"], "--precision: fp16 needs a GPU"),
         (["{}", "--weights", "gone.safetensors"], "--weights: there is no file gone.safetensors"),
     ],
