@@ -274,7 +274,7 @@ def train(
             values = _finite(terms, step)
             if report is not None:
                 report(step + 1, values)
-    if device != "cpu":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     return steps * batch_size / (time.perf_counter() - begin)
 

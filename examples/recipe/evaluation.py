@@ -393,7 +393,7 @@ def evaluate_all(
                 made[way] = segment(views, row.protocol, group.size, patch)
             row.see_cams(group, views, patch)
             if not row.protocol.crf:
-                for i, label in enumerate(made[way].argmax(1).to(torch.uint8)):
+                for i, label in enumerate(made[way].max(1).indices.to(torch.uint8)):
                     done(row, group.names[i], label, None if group.masks is None else group.masks[i])
                 continue
             images, probs = group.images.cpu(), made[way].softmax(1).cpu()
