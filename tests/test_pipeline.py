@@ -8,7 +8,6 @@ import predict
 import prepare_coco
 import prepare_folder
 import prepare_voc
-import pytest
 import test_prepare
 import train
 import visualize
@@ -67,14 +66,12 @@ def from_data_to_pictures(monkeypatch, data, out, preset, grow):
     assert (out / "figures" / "figure4.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_voc_and_sbd_go_all_the_way(monkeypatch, tmp_path):
     voc, sbd = make_voc(tmp_path)
     assert run(monkeypatch, prepare_voc, voc=voc, sbd=sbd.parent, out=tmp_path / "data") == 0
     from_data_to_pictures(monkeypatch, tmp_path / "data", tmp_path, "voc", grow=8)
 
 
-@pytest.mark.slow
 def test_coco_goes_all_the_way(monkeypatch, tmp_path):
     assert run(monkeypatch, prepare_coco, coco=make_coco(tmp_path / "coco"), out=tmp_path / "data") == 0
     from_data_to_pictures(monkeypatch, tmp_path / "data", tmp_path, "coco", grow=3)
