@@ -169,6 +169,7 @@ def test_images_of_frequent_pairs_come_first_every_pair_once_then_the_fullest():
     assert choose(glances, 3) == [1, 2, 6]
     assert choose(glances, 5) == [1, 2, 6, 3, 5]
     assert choose([glance(1), glance(), glance(2)], 2) == [0, 2]
+    assert choose([glance(1, 2), glance(1, 2, 3)], 1) == [1]  # of those with the same pair, the fullest
     assert sorted(choose(glances, 50)) == list(range(7))
 
 
