@@ -212,7 +212,8 @@ def test_with_the_crf_the_segmentation_is_that_of_the_loops_and_the_cam_has_no_f
 
 def test_one_pass_gives_the_figures_of_separate_passes(folder):
     model = network()
-    protocols = [MULTI, replace(MULTI, labels="predicted"), replace(MULTI, threshold=0.3), replace(MULTI, crf=True)]
+    others = {"labels": "predicted"}, {"threshold": 0.3}, {"crf": True}, {"scales": (1.25,)}
+    protocols = [MULTI, *(replace(MULTI, **other) for other in others)]
     together = evaluate_all(model, folder, protocols, device="cpu")
     assert together == [evaluate(model, folder, protocol, device="cpu") for protocol in protocols]
 

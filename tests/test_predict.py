@@ -141,6 +141,11 @@ def test_a_large_image_is_shrunk_for_the_network_and_its_label_enlarged(command,
         assert np.abs(stored["probabilities"].astype(float).sum(0) - 1).max() < 1e-2
 
 
+def test_of_equal_scores_the_first_counts_at_any_size():
+    scores = torch.tensor([[[1.0]], [[2.0]], [[2.0]]]).expand(3, 2, 2)
+    assert (script.best_label(scores, (2, 2)) == 1).all() and (script.best_label(scores, (5, 7)) == 1).all()
+
+
 def test_grey_transparent_and_turned_images_are_what_a_viewer_shows(command, scenes, tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
