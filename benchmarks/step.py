@@ -1,6 +1,7 @@
 """One training step, every term on: where its time and memory go, what FFR adds, how far from the floor it is.
 
     python benchmarks/step.py --device cuda --precision bf16 --compile blocks
+    python benchmarks/step.py --count                                                           # operations alone
     python benchmarks/step.py --model vit_tiny_patch16_224 --crop 96 --batch 2 --hidden 128     # small, on a CPU
 
 Random weights and images; all that is timed is one iteration of a training loop, optimiser included, without the data.
@@ -19,6 +20,7 @@ import harness
 import torch
 import tyro
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,6 +56,8 @@ class Arguments:
     the blocks share their code), or of the whole objective (many minutes)"""
     backend: str = "inductor"
     """of torch.compile"""
+    count: bool = False
+    """count operations alone: nothing is computed, so that the settings of the method fit every machine"""
     steps: int = 10
     """interleaved rounds"""
     threads: int = 1
@@ -307,6 +311,33 @@ def measure_parts(arguments: Arguments, model: FFR) -> tuple[list[dict[str, Any]
     return rows, waits
 
 
+def count_parts(arguments: Arguments, model: FFR) -> list[dict[str, Any]]:
+    """TFLOP of each part and of the whole step, on tensors without data."""
+    rows = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = FFRLoss(model, start=0)
+        parts = make_parts(arguments, loss, arguments.precision)
+        work = {name: flops(list(runs(arguments, model, part).values())[-1]) for name, part in parts.items()}
+        whole = flops(Step(arguments, loss, model, arguments.precision).backward)
+    for name, part in parts.items():
+        mine = work[name] - (work[part.besides] if part.besides else 0)
+        rows.append({"part": name, "tera_flop": mine / 1e12, "percent": 100 * mine / whole})
+    return [*rows, {"part": "whole step", "tera_flop": whole / 1e12, "percent": 100.0}]
+
+
+def show_count(arguments: Arguments, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of operations."""
+    ours = [row for row in rows if row["part"].startswith("FFR")]
+    total = {key: sum(row[key] for row in ours) for key in ("tera_flop", "percent")}
+    cells = [(row["part"], f"{row['tera_flop']:.4f}", f"{row['percent']:.2f}") for row in rows]
+    cells.insert(-1, ("FFR, its parts together", f"{total['tera_flop']:.4f}", f"{total['percent']:.2f}"))
+    note = (
+        f"{arguments.model}, {arguments.crop} x {arguments.crop}, batch {arguments.batch}, {arguments.classes} "
+        f"classes, heads of {arguments.hidden}; every term on. Matrix products and convolutions, forward and backward."
+    )
+    harness.table("Operations of a training step", ("part", "TFLOP", "%"), cells, [note])
+
+
 def show_forms(arguments: Arguments, rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of the whole step."""
     cells = [
@@ -373,6 +404,12 @@ def main() -> int:
     if not 1 <= arguments.present <= arguments.classes:
         sys.exit(f"step.py: --present: expected 1..{arguments.classes} (--classes), got {arguments.present}.")
     model = FFR(encoder, arguments.classes, hidden=arguments.hidden).to(arguments.device)
+    if arguments.count:
+        rows = count_parts(arguments, model)
+        show_count(arguments, rows)
+        path = harness.save("step-operations", asdict(arguments), rows, device=arguments.device, out=arguments.out)
+        print("wrote", path)
+        return 0
     forms = measure_forms(arguments, model)
     show_forms(arguments, forms)
     parts, waits = measure_parts(arguments, model)

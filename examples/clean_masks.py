@@ -99,7 +99,7 @@ def refine(image: Tensor, probs: Tensor, device: str) -> dict[str, tuple[Tensor,
         before = made["PAR"] if step.startswith("PAR,") else made[STEPS[0]]
         begin = time.perf_counter()
         scores = par(image, probs) if step == "PAR" else crf(image, before[0] / before[0].sum(1, keepdim=True))
-        if device != "cpu":
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         made[step] = (scores, before[1] + time.perf_counter() - begin)
     return made

@@ -323,5 +323,10 @@ def notes(settings: Settings, rows: dict[str, dict[str, Any]]) -> list[str]:
     return said
 
 
+def main() -> int:
+    """Run from the command line."""
+    return command("evaluate", Settings, run, __doc__, "no file is half-written")
+
+
 if __name__ == "__main__":
-    sys.exit(command("evaluate", Settings, run, __doc__, "no file is half-written"))
+    sys.exit(main())

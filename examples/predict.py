@@ -416,5 +416,10 @@ def say(console: Console, text: str) -> None:
     console.print(plain, soft_wrap=True, markup=False, highlight=False)
 
 
+def main() -> int:
+    """Run from the command line."""
+    return command("predict", Settings, run, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(command("predict", Settings, run, __doc__))
+    sys.exit(main())

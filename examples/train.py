@@ -29,6 +29,7 @@ try:
 except ImportError as error:
     sys.exit(f"train needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
+from recipe.bands import band_energies, features_by_depth, high_share
 from recipe.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
 from recipe.config import PRESETS, Config, on_cpu
 from recipe.data import evaluation_data, training_data
@@ -38,7 +39,10 @@ from recipe.files import written
 from recipe.progress import progress
 from recipe.weights import save_weights, versions
 
+from ffr import FFR
+
 LOG = "log.jsonl"
+LOOKED_AT = 16  # images of the validation split whose features are split into bands
 
 
 class Log:
@@ -191,8 +195,9 @@ class Run:
         """Score on the validation split, single scale; keep the weights if they are the best so far."""
         config, accelerator = self.config, self.accelerator
         ranks = accelerator.num_processes
+        model = self.trainer.whole_model()
         scores = evaluate(
-            self.trainer.whole_model(),
+            model,
             self.examples,
             Protocol(threshold=config.cam_threshold, precision=config.precision),
             device=accelerator.device,
@@ -209,6 +214,7 @@ class Run:
         weights = self.trainer.weights() if better else {}
         if self.log is not None:
             self.log.write(done, "val", scores)
+            self.log.write(done, "high_band_share", self.high_band_shares(model))
             if better:
                 path = config.out / "best.safetensors"
                 save_weights(path, weights, config, self.classes, step=done, scores=scores)
@@ -221,6 +227,16 @@ class Run:
             f"step {done}: {scores['images']['segmentation']} images of {config.val_split}, single scale, CAM with "
             f"known labels at threshold {config.cam_threshold}: {said}"
         )
+
+    def high_band_shares(self, model: FFR) -> dict[str, float]:
+        """Share of the high band in the features of every block: whether the paper's premise holds in this network."""
+        energies: dict[str, torch.Tensor] = {}
+        for index in range(min(LOOKED_AT, len(self.examples))):
+            with contextlib.suppress(ValueError, OSError):  # a broken file, which the scores name
+                image = self.examples[index].image[None].to(self.accelerator.device)
+                for name, maps in features_by_depth(model, image).items():
+                    energies[name] = energies.get(name, 0) + band_energies(maps, self.config.mu)
+        return {name: high_share(energy) for name, energy in energies.items()}
 
     def save(self, done: int) -> None:
         """A checkpoint, and the weights as they are."""

@@ -127,6 +127,19 @@ def test_the_operations_of_attention_are_counted_on_every_device():
         assert step.flops(lambda: encoder(torch.zeros(1, 3, 64, 64))) == wanted
 
 
+def test_the_operations_are_counted_without_computing(tmp_path, monkeypatch, capsys):
+    """The step of the method, as its design counts it by hand: about 7.0 TFLOP, 0.2 of it the two heads."""
+    out = tmp_path / "count.json"
+    monkeypatch.setattr(sys, "argv", ["step.py", "--count", "--out", str(out)])
+    assert step.main() == 0
+    found = {row["part"]: row["tera_flop"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert found["whole step"] == pytest.approx(7.0, abs=0.05)
+    assert found["multi-scale CAM, final"] == pytest.approx(4.9, abs=0.05)
+    assert found["segmentation head"] + found["FFR: second head"] == pytest.approx(0.2, abs=0.05)
+    assert sum(found.values()) == pytest.approx(2 * found["whole step"], rel=1e-3)
+    assert "Operations of a training step" in capsys.readouterr().out
+
+
 def test_a_crop_of_broken_patches_and_too_many_classes_are_refused(tmp_path, monkeypatch):
     for options, message in (
         (("--crop", "40"), r"step.py: --crop: expected a multiple of 16, got 40"),

@@ -212,7 +212,8 @@ def test_with_the_crf_the_segmentation_is_that_of_the_loops_and_the_cam_has_no_f
 
 def test_one_pass_gives_the_figures_of_separate_passes(folder):
     model = network()
-    protocols = [MULTI, replace(MULTI, labels="predicted"), replace(MULTI, threshold=0.3), replace(MULTI, crf=True)]
+    others = {"labels": "predicted"}, {"threshold": 0.3}, {"crf": True}, {"scales": (1.25,)}
+    protocols = [MULTI, *(replace(MULTI, **other) for other in others)]
     together = evaluate_all(model, folder, protocols, device="cpu")
     assert together == [evaluate(model, folder, protocol, device="cpu") for protocol in protocols]
 
@@ -330,8 +331,8 @@ def test_the_crf_is_the_same_in_other_processes():
         ({"scales": ()}, r"--scales: expected factors above 0, got \(\)"),
         ({"scales": (1.0, -1.0)}, r"--scales: expected factors above 0"),
         ({"cam_scales": (0.0,)}, r"--cam-scales: expected factors above 0"),
-        ({"threshold": 1.0}, r"--threshold: expected 0 or more and less than 1, got 1\.0"),
-        ({"crf_prune": -0.1}, r"--crf-prune: expected 0 or more"),
+        ({"threshold": 1.5}, r"--threshold: expected 0 to 1, got 1\.5"),
+        ({"crf_prune": -0.1}, r"--crf-prune: expected 0 to 1"),
     ],
 )
 def test_a_protocol_that_cannot_be_used_is_refused(wrong, message, folder):
@@ -538,7 +539,7 @@ def test_what_cannot_be_done_is_refused_by_flag_or_file_and_the_old_result_stays
         ({"submission": tmp_path / "file"}, r"--submission: cannot write"),
         ({"images": 0}, r"--images: expected at least 1, got 0"),
         ({"batch-size": 0}, r"--batch-size: expected at least 1, got 0"),
-        ({"threshold": 2}, r"--threshold: expected 0 or more and less than 1"),
+        ({"threshold": 2}, r"--threshold: expected 0 to 1"),
         ({"precision": "fp16"}, r"--precision: fp16 needs a GPU"),
     ]:
         code, said, record = command(**flags)

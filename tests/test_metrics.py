@@ -99,6 +99,12 @@ def test_every_integer_dtype_counts_alike(dtype):
     assert matrix.matrix.sum() == 2
 
 
+def test_the_first_number_that_is_no_label_may_be_the_ignore_index():
+    matrix = ConfusionMatrix(num_labels=2, ignore_index=2)
+    matrix.update(torch.tensor([[0, 1, 2, 1]]), torch.tensor([[0, 1, 1, 2]]))
+    assert matrix.iou().tolist() == [1, 0.5]
+
+
 def test_another_ignore_index_is_obeyed_even_where_bytes_would_take_it_for_255():
     truth, guess = torch.tensor([[-1, 0]]), torch.tensor([[0, 0]])
     for kind in (ConfusionMatrix, BoundaryIoU):

@@ -62,7 +62,7 @@ def test_every_step_is_that_of_the_parts():
 @pytest.mark.parametrize(("height", "width", "mu"), [(16, 16, 0.4), (7, 9, 0.2), (8, 5, 0), (6, 4, 0.25)])
 def test_the_box_in_the_spectrum_holds_the_low_band_and_nothing_else(height, width, mu):
     axis = Figure().subplots()
-    picture._draw_spectrum(axis, np.ones((height, width)), mu)
+    picture.draw_spectrum(axis, np.ones((height, width)), mu)
     (box,) = axis.patches
     for size, first, length in ((height, box.get_y(), box.get_height()), (width, box.get_x(), box.get_width())):
         frequency = np.fft.fftshift(np.fft.fftfreq(size))

@@ -141,6 +141,11 @@ def test_a_large_image_is_shrunk_for_the_network_and_its_label_enlarged(command,
         assert np.abs(stored["probabilities"].astype(float).sum(0) - 1).max() < 1e-2
 
 
+def test_of_equal_scores_the_first_counts_at_any_size():
+    scores = torch.tensor([[[1.0]], [[2.0]], [[2.0]]]).expand(3, 2, 2)
+    assert (script.best_label(scores, (2, 2)) == 1).all() and (script.best_label(scores, (5, 7)) == 1).all()
+
+
 def test_grey_transparent_and_turned_images_are_what_a_viewer_shows(command, scenes, tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
@@ -333,7 +338,7 @@ def test_no_two_images_share_a_name_in_any_case_and_names_stay(chosen, split):
         (["{}", "--max-side", "8"], "--max-side: expected at least 16, got 8"),
         (["{}", "--alpha", "2"], "--alpha: expected 0 to 1, got 2"),
         (["{}", "--multi", "--scales", "0"], "--scales: expected factors above 0"),
-        (["{}", "--crf-prune", "1"], "--crf-prune: expected 0 or more and less than 1"),
+        (["{}", "--crf-prune", "2"], "--crf-prune: expected 0 to 1"),
         (["{}", "--precision", "fp16"], "--precision: fp16 needs a GPU"),
         (["{}", "--weights", "gone.safetensors"], "--weights: there is no file gone.safetensors"),
     ],

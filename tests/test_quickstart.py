@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from quickstart import Settings, build
 from recipe import engine
-from recipe.data import SceneImages
+from recipe.data import SceneExamples, SceneImages
+from recipe.evaluation import Protocol, evaluate
 from recipe.files import written
 from recipe.scenes import Scenes, make_scenes
 from rich.console import Console
@@ -106,14 +107,15 @@ def test_the_other_losses_join_after_two_fifths_of_the_steps():
 
 
 def test_the_threshold_is_chosen_on_validation_scenes_and_never_on_test(monkeypatch):
-    seen = []
+    seen, figures = [], {"cam_miou": 1.0, "thresholds": {"cam": {"value": 0.25}}}
 
-    def spy(model, scenes, *, device, threshold=None):
-        seen.append((model, scenes, threshold))
-        return {"threshold": 0.25, "cam_miou": float(scenes == "test")}
+    def spy(model, examples, protocol, **how):
+        seen.append((model, examples.scenes, protocol.threshold))
+        return figures
 
     monkeypatch.setattr(quickstart, "evaluate", spy)
-    assert quickstart.score("model", "val", "test", "cpu")["cam_miou"] == 1
+    found = quickstart.score("model", "val", "test", "cpu")
+    assert found["cam_miou"] == 1 and found["threshold"] == 0.25 and found["images_per_second"] is None
     assert seen == [("model", "val", None), ("model", "test", 0.25)]
 
 
@@ -135,7 +137,7 @@ def test_the_figures_are_those_of_a_count_by_hand(small):
         found = [float(b / e) for k, (b, e) in enumerate(zip(both, either, strict=True)) if (masks == k).any()]
         return 100 * sum(found) / len(found)
 
-    found = engine.evaluate(model, scenes, device="cpu", threshold=0.3, batch_size=5)
+    found = evaluate(model, SceneExamples(scenes), Protocol(threshold=0.3), device="cpu", batch_size=5)
     assert found["seg_miou"] == pytest.approx(miou(seg.argmax(1)))
     assert found["cam_miou"] == pytest.approx(miou(of_cam))
     boundary = quickstart.ffr.metrics.BoundaryIoU(9)
@@ -183,14 +185,6 @@ def test_biases_norms_and_positions_do_not_decay_and_heads_learn_faster(small):
         group = found[id(parameter)]
         assert group["weight_decay"] == (0.05 if parameter.ndim > 1 and "pos_embed" not in name else 0.0), name
         assert group["scale"] == (1.0 if name.startswith("encoder.") else 4.0), name
-
-
-def test_evaluation_takes_the_threshold_it_is_given_and_keeps_the_mode(small):
-    model, scenes = build(small).model.train(), make_scenes("val", 8)
-    chosen = engine.evaluate(model, scenes, device="cpu")
-    assert engine.evaluate(model, scenes, device="cpu", threshold=chosen["threshold"]) == pytest.approx(chosen)
-    assert engine.evaluate(model, scenes, device="cpu", threshold=1.0)["cam_miou"] <= chosen["cam_miou"]
-    assert model.training
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ def test_a_run_leaves_weights_checkpoints_and_logs(whole):
     assert terms[0]["seg"] == terms[2]["seg"] == 0 < terms[3]["seg"]
     assert terms[0]["aff"] == terms[1]["aff"] == 0 < terms[2]["aff"]
     assert [line["step"] for line in logged(whole, "val")] == [4, 8]
+    shares = logged(whole, "high_band_share")[-1]
+    assert all(0 < shares[name] < 1 for name in ("block 1", "block 2", "block 3", "block 4", "final"))
     (about,) = logged(whole, "run")
     assert about["config"]["steps"] == 8 and about["ranks"] == 1 and "torch" in about["versions"]
 

@@ -1,4 +1,4 @@
-"""What every training run needs: optimiser, schedule, the loop, one evaluation."""
+"""What every training run needs: optimiser, schedule, the loop."""
 
 import math
 import time
@@ -14,8 +14,6 @@ from torch.distributed.checkpoint import state_dict
 from torch.utils.data import DataLoader
 
 from ffr import FFR, FFRLoss
-from ffr.cam import cam_to_label, normalize_cam, to_image
-from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
 from ffr.objective import Terms
 from recipe.config import Config, build_objective
 from recipe.data import SceneImages, TrainImages, mixed, samples
@@ -276,7 +274,7 @@ def train(
             values = _finite(terms, step)
             if report is not None:
                 report(step + 1, values)
-    if device != "cpu":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     return steps * batch_size / (time.perf_counter() - begin)
 
@@ -287,47 +285,3 @@ def _finite(terms: Terms, step: int) -> dict[str, float]:
         if not math.isfinite(values[name]):
             raise Diverged(name, step, values)
     return values
-
-
-@torch.no_grad()
-def evaluate(
-    model: FFR, scenes: Scenes, *, device: str, threshold: float | None = None, batch_size: int = 50
-) -> dict[str, float]:
-    """Score a model on scenes: single scale, no CRF, at the image's own size.
-
-    Args:
-        threshold: background threshold of the CAM, chosen elsewhere; None chooses it here, which is for validation
-            only, and returns it as ``threshold``.
-
-    Returns:
-        classification_map (final classifier), cam_miou (image labels known), seg_miou, boundary_iou in percent.
-    """
-    classes = scenes.labels.shape[1]
-    sweep, cams = ThresholdSweep(classes + 1), ConfusionMatrix(classes + 1)
-    matrix, boundary = ConfusionMatrix(classes + 1), BoundaryIoU(classes + 1)
-    scores = []
-    was_training = model.training
-    model.eval()
-    for images, masks, labels in zip(*(part.split(batch_size) for part in scenes), strict=True):
-        images, masks, labels = images.to(device), masks.to(device).long(), labels.to(device)
-        size = (images.shape[2], images.shape[3])
-        patch = model.encoder.patch_size
-        out = model.outputs(images)
-        cam = normalize_cam(to_image(out.cam, size, patch), labels=labels)
-        if threshold is None:
-            sweep.update(cam, masks)
-        else:
-            cams.update(cam_to_label(cam, background=threshold), masks)
-        prediction = to_image(out.seg, size, patch).argmax(1)
-        matrix.update(prediction, masks)
-        boundary.update(prediction, masks)
-        scores.append(out.logits)
-    model.train(was_training)
-    best = sweep.best() if threshold is None else (threshold, cams.miou())
-    return {
-        "classification_map": 100 * float(average_precision(torch.cat(scores), scenes.labels.to(device)).nanmean()),
-        "cam_miou": 100 * best[1],
-        "seg_miou": 100 * matrix.miou(),
-        "boundary_iou": 100 * boundary.miou(),
-        "threshold": best[0],
-    }

@@ -55,8 +55,8 @@ class Protocol:
             if scales is not None and not (scales and all(0 < scale <= 100 for scale in scales)):
                 raise ValueError(f"--{name}: expected factors above 0, got {scales}.")
         for name, value in (("threshold", self.threshold), ("crf-prune", self.crf_prune)):
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"--{name}: expected 0 or more and less than 1, got {value}.")
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name}: expected 0 to 1, got {value}.")
 
 
 # The network ------------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def evaluate_all(
                 made[way] = segment(views, row.protocol, group.size, patch)
             row.see_cams(group, views, patch)
             if not row.protocol.crf:
-                for i, label in enumerate(made[way].argmax(1).to(torch.uint8)):
+                for i, label in enumerate(made[way].max(1).indices.to(torch.uint8)):
                     done(row, group.names[i], label, None if group.masks is None else group.masks[i])
                 continue
             images, probs = group.images.cpu(), made[way].softmax(1).cpu()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ffr import FFR, draw
 from ffr.cam import normalize_cam, to_image
+from ffr.framework import Outputs
 from ffr.frequency import passed
 from ffr.prototypes import class_prototypes
 from ffr.rectification import RectificationLoss
@@ -44,27 +45,33 @@ def steps_of(
     rectification: RectificationLoss,
     refinement: nn.Module,
 ) -> dict[str, Tensor]:
-    """The intermediate results that the picture shows, on the CPU.
-
-    The band CAMs are W X_low and W X_high after ReLU on one common scale per image and class.
-    """
+    """The intermediate results that the picture shows, on the CPU."""
     size = (images.shape[2], images.shape[3])
     patch = model.encoder.patch_size
     out = model.outputs(images)
-    bands = torch.stack([out.cam, model.classifier.cam(out.low), model.classifier.cam(out.high)]).relu()
-    scale = bands.amax((0, 3, 4), keepdim=True)
-    bands = bands / torch.where(scale > 0, scale, 1)
     vectors, valid = class_prototypes(out.final, out.cam, labels)
     cam = normalize_cam(to_image(out.cam, size, patch), labels=labels)
-    spectrum = torch.fft.fftshift(torch.fft.fft2(out.final - out.final.mean((2, 3), keepdim=True)), dim=(2, 3))
     results = {
-        "bands": bands,
-        "spectrum": spectrum.abs().mean(1),
+        "bands": band_cams(model, out),
+        "spectrum": spectrum_of(out.final),
         "selected": rectification.select(features=out.final, low=out.low, prototypes=vectors, valid=valid),
         "pseudo": refine_label(images, cam, labels, high=high, low=low, refinement=refinement),
         "prediction": to_image(out.seg, size, patch).argmax(1),
     }
     return {name: value.cpu() for name, value in results.items()}
+
+
+def band_cams(model: FFR, out: Outputs) -> Tensor:
+    """CAMs of X, X_low and X_high, (3, B, K, h, w): W times each, ReLU, one common scale per image and class."""
+    bands = torch.stack([out.cam, model.classifier.cam(out.low), model.classifier.cam(out.high)]).relu()
+    scale = bands.amax((0, 3, 4), keepdim=True)
+    return bands / torch.where(scale > 0, scale, 1)
+
+
+def spectrum_of(features: Tensor) -> Tensor:
+    """Amplitude of every frequency, (B, h, w), mean over the channels, zero in the middle; the mean is left out."""
+    varying = features - features.mean((2, 3), keepdim=True)
+    return torch.fft.fftshift(torch.fft.fft2(varying), dim=(2, 3)).abs().mean(1)
 
 
 def save_picture(
@@ -120,7 +127,7 @@ def save_picture(
                 place = {"transform": axis.transAxes, "ha": "center", "va": "top", "color": "#333"}
                 axis.text(0.5, 1.36, said.format(mu=mu), fontsize=9, linespacing=1.1, **place)
         line[0].set_ylabel(names[k], fontsize=12, fontweight="bold", color=palette[k + 1] / 255)
-        _draw_spectrum(line[1], shown["spectrum"][i].numpy(), mu)
+        draw_spectrum(line[1], shown["spectrum"][i].numpy(), mu)
         _draw_selected(line[5], faint, shown["selected"][i, k].numpy(), palette[k + 1])
     handles = [
         Patch(facecolor=palette[v] / 255, label="background" if v == 0 else names[v - 1]) for v in sorted(seen - {255})
@@ -137,7 +144,8 @@ def _enlarge(maps: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].clamp(0, 1)
 
 
-def _draw_spectrum(axis: Axes, spectrum: np.ndarray, mu: float) -> None:
+def draw_spectrum(axis: Axes, spectrum: np.ndarray, mu: float) -> None:
+    """Draw what `spectrum_of` gave, as an array, with the box of the low band."""
     height, width = spectrum.shape
     spectrum[height // 2, width // 2] = spectrum.max()  # the mean, which was left out, would outshine the rest
     axis.imshow(np.log(spectrum + 1e-3 * spectrum.max()), cmap="magma", interpolation="nearest")

@@ -1,0 +1,318 @@
+"""The figures: what they show is what the parts compute, which images they choose, and what visualize.py refuses."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import visualize
+from PIL import Image
+from recipe.config import SCENES
+from recipe.data import Example, Item, write_split
+from recipe.figures import listed
+from recipe.look import (
+    Glance,
+    Motivation,
+    Patch,
+    choose,
+    choose_patch,
+    compare,
+    patch_of,
+    predict_labels,
+    see,
+    together,
+)
+from recipe.network import build_model
+from recipe.scenes import CLASSES, make_scenes
+from recipe.weights import Trained, save_weights
+from torch.testing import assert_close
+
+from ffr import split_bands
+from ffr.draw import save_label
+from ffr.prototypes import class_prototypes
+from ffr.rectification import select_tokens
+
+CONFIG = replace(SCENES, dilations=(1, 2), hidden=8, gap=0.005)  # untrained features change little
+
+
+def network(seed=0):
+    """A network that no training made tame, so that its CAMs and selections are not empty."""
+    torch.manual_seed(seed)
+    model = build_model(CONFIG, len(CLASSES))
+    with torch.no_grad():
+        for weight in (model.classifier.weight, model.head.last.weight):
+            weight.normal_()
+    return Trained(model.eval(), CONFIG, CLASSES, {"step": 7})
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return network()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, trained):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_weights(path, trained.model.state_dict(), CONFIG, CLASSES, step=7)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scene():
+    scenes = make_scenes("val", 12)
+    several = int((scenes.labels.sum(1) > 1).nonzero()[0])
+    return Example("one", *(part[several] for part in scenes))
+
+
+def picture(path, size=(50, 71), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, arguments)])
+    return visualize.main()
+
+
+# What is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_seen_of_an_image_is_what_the_parts_of_the_method_give(trained, scene):
+    seen = see(trained, scene)
+    ids = scene.labels.nonzero().flatten().tolist()
+    assert seen.classes == tuple(ids) and len(ids) > 1
+    with torch.no_grad():
+        out = trained.model.outputs(scene.image[None])
+    low = split_bands(out.final, CONFIG.mu).low
+    vectors, valid = class_prototypes(out.final, out.cam, scene.labels[None], seed_threshold=CONFIG.seed_threshold)
+    picked = select_tokens(features=out.final, low=low, prototypes=vectors, valid=valid, gap=CONFIG.gap)
+    assert torch.equal(seen.selected, picked[0, ids])
+    assert 0 < seen.selected.float().mean() < 1
+    for n, k in enumerate(ids):
+        for part, features in enumerate((out.final, low)):
+            cosine = torch.cosine_similarity(features[0], vectors[0, k][:, None, None], dim=0)
+            assert_close(seen.similarity[part, n], cosine)
+        assert float(seen.bands[:, n].max()) == 1
+        raw = out.cam[0, k].relu() / out.cam[0, k].max()
+        assert_close(seen.seeds[n], torch.where(raw >= 0.7, raw, 0))
+        # the prototype is the mean of these tokens with these weights
+        mean = (seen.seeds[n] * out.final[0]).sum((1, 2)) / seen.seeds[n].sum()
+        assert_close(mean, vectors[0, k])
+    assert seen.cam.shape == (len(ids), 64, 64) and seen.prediction.shape == seen.pseudo.shape == (64, 64)
+    assert set(seen.pseudo.unique().tolist()) <= {0, 255, *(k + 1 for k in ids)}
+
+
+def test_the_patch_is_that_of_a_loop_over_tokens_and_pairs(trained, scene):
+    with torch.no_grad():
+        found = compare(trained, trained.model.outputs(scene.image[None]), scene.labels[None])
+    patch = patch_of(found)
+    ids = found.valid.nonzero().flatten().tolist()
+    mean = found.similarity[0].mean((1, 2))
+    best = (-1.0, None)
+    for a in ids:
+        for b in ids:
+            for place in np.ndindex(16, 16):
+                alike = all(found.similarity[0, k][place] >= mean[k] for k in (a, b))
+                change = min(float(abs(found.gap[k][place])) for k in (a, b))
+                if a < b and alike and change > best[0]:
+                    best = (change, (a, b, *place))
+    assert patch[:4] == best[1] and patch.change == pytest.approx(best[0])
+
+
+def test_the_patch_of_one_class_has_no_other_and_without_a_prototype_there_is_none(trained, scene):
+    with torch.no_grad():
+        out = trained.model.outputs(scene.image[None])
+    only = torch.zeros(1, len(CLASSES))
+    assert patch_of(compare(trained, out, only)) is None
+    only[0, int(scene.labels.argmax())] = 1
+    patch = patch_of(compare(trained, out, only))
+    assert patch.one == int(scene.labels.argmax()) and patch.other is None
+
+
+def test_fig_4_counts_what_the_selection_selects(trained, scene):
+    motivation = Motivation(trained)
+    glances = [motivation.add(scene.image, scene.labels), motivation.add(scene.image.flip(2), scene.labels)]
+    numbers = motivation.numbers()
+    seen = [see(trained, scene), see(trained, scene._replace(image=scene.image.flip(2)))]
+    picked = torch.cat([each.selected for each in seen]).float()
+    assert numbers["selected_fraction"] == pytest.approx(float(picked.mean()))
+    assert numbers["pairs"] == picked.numel() == sum(numbers["histogram"])
+    at = numbers["thresholds"].index(CONFIG.gap)
+    assert numbers["fraction_above"][at] == pytest.approx(numbers["selected_fraction"], abs=1e-6)
+    assert numbers["fraction_above"] == sorted(numbers["fraction_above"], reverse=True)
+    assert set(numbers["selected_fraction_per_class"]) == {CLASSES[k] for k in seen[0].classes}
+    twice = torch.cat([each.selected.sum(0) > 1 for each in seen]).float().mean()
+    assert numbers["selected_for_several_classes"] == pytest.approx(float(twice))
+    assert numbers["intermediate"] == "block 2" and numbers["images"] == 2
+    assert numbers["high_band_share_of_white_noise"] == pytest.approx((256 - 13 * 13) / 255)
+    assert glances[0].patch == seen[0].patch and glances[0].labels == set(seen[0].classes)
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_predicted_labels_are_the_likely_ones_or_else_the_likeliest():
+    assert predict_labels(torch.tensor([-1.0, 2.0, 0.1, -3.0])).tolist() == [0, 1, 1, 0]
+    assert predict_labels(torch.tensor([-1.0, -2.0, -0.1])).tolist() == [0, 0, 1]
+    assert predict_labels(torch.arange(1.0, 10.0)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def glance(*labels, change=0.1, other=None):
+    return Glance(frozenset(labels), Patch(0, other, 0, 0, change))
+
+
+def test_images_of_frequent_pairs_come_first_every_pair_once_then_the_fullest():
+    glances = [glance(1), glance(1, 2), glance(3, 4), glance(1, 2), glance(3, 4), glance(1, 2), glance(4, 5, 6)]
+    assert together(glances)[1, 2] == 3 and together(glances)[3, 4] == 2
+    assert choose(glances, 3) == [1, 2, 6]
+    assert choose(glances, 5) == [1, 2, 6, 3, 5]
+    assert choose([glance(1), glance(), glance(2)], 2) == [0, 2]
+    assert choose([glance(1, 2), glance(1, 2, 3)], 1) == [1]  # of those with the same pair, the fullest
+    assert sorted(choose(glances, 50)) == list(range(7))
+
+
+def test_fig_1_takes_the_greatest_change_for_two_classes():
+    glances = [glance(1, change=0.9), glance(1, 2, change=0.2, other=2), glance(1, 2, change=0.3, other=2)]
+    assert choose_patch(glances) == 2
+    assert choose_patch(glances[:1]) == 0
+    assert choose_patch([Glance(frozenset(), None), glances[0]]) == 1
+
+
+def test_names_that_find_no_room_are_counted():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(["dining table", "potted plant", "wine glass", "cup"]) == "dining table and 3 more"
+    assert listed(["dining table", "plant", "glass", "cup", "fork"]) == "dining table, plant and 3 more"
+    assert listed([]) == "no class"
+
+
+# The script -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_scenes_give_four_figures_of_scenes_and_the_numbers(weights, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "figures"
+    assert run_main(monkeypatch, "--weights", weights, "--count", 5, "--rows", 2, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figure1.png", "figure2.png", "figure3.png", "figure4.json", "figure4.png",
+    ]  # fmt: skip
+    for number in (1, 2, 3, 4):
+        with Image.open(out / f"figure{number}.png") as figure:
+            assert figure.size[0] > 800 and figure.size[1] > 400
+            assert len(np.unique(np.asarray(figure.convert("L")))) > 50
+    record = json.loads((out / "figure4.json").read_text())
+    assert record["images"] == 5 and record["weights"]["step"] == 7 and record["predicted_labels"] == 0
+    assert "known from the scenes" in record["measured"] and "7 steps" in record["measured"]
+    assert list(record["high_band_share"]) == ["block 1", "block 2", "block 3", "block 4", "final"]
+    assert "figure4.json" in capsys.readouterr().out
+
+
+def test_a_prepared_folder_with_images_of_any_size_without_a_mask_or_labels(weights, monkeypatch, tmp_path):
+    files = [picture(tmp_path / "in" / f"{n}.png", size, n) for n, size in enumerate([(40, 90), (131, 64), (64, 64)])]
+    mask = tmp_path / "in" / "mask.png"
+    save_label(mask, np.pad(np.full((20, 20), 3), ((5, 15), (9, 61))))
+    items = [
+        Item("a", files[0], mask, (1, 2)),
+        Item("b", files[1], None, (4,)),
+        Item("c", files[2], None, None),
+    ]
+    write_split(tmp_path / "in", "val", CLASSES, items)
+    out = tmp_path / "out"
+    assert run_main(monkeypatch, "--weights", weights, "--data", tmp_path / "in", "--max-side", 96, "--out", out) == 0
+    record = json.loads((out / "figure4.json").read_text())
+    assert record["images"] == 3 and record["predicted_labels"] == 1
+    assert "known from in/val.json; where they are unknown, predicted" in record["measured"]
+
+
+def test_images_with_given_and_with_predicted_labels(weights, monkeypatch, tmp_path):
+    picture(tmp_path / "photos" / "deep" / "a.jpg")
+    picture(tmp_path / "photos" / "b.png", (30, 40))
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    arguments = ("--weights", weights, "--images", tmp_path / "photos", f"{tmp_path}/photos/*.png", "--figures", 4)
+    assert run_main(monkeypatch, *arguments, "--out", tmp_path / "one") == 0
+    record = json.loads((tmp_path / "one" / "figure4.json").read_text())
+    assert record["images"] == 2 and record["predicted_labels"] == 2 and "Labels predicted" in record["measured"]
+    assert run_main(monkeypatch, *arguments, "--labels", "bag", "dress", "--out", tmp_path / "two") == 0
+    record = json.loads((tmp_path / "two" / "figure4.json").read_text())
+    assert set(record["selected_fraction_per_class"]) <= {"bag", "dress"}
+    assert record["predicted_labels"] == 0 and "given with --labels" in record["measured"]
+    assert not (tmp_path / "two" / "figure1.png").exists()
+
+
+def test_an_image_without_any_label_is_drawn_too(weights, monkeypatch, tmp_path):
+    write_split(tmp_path, "val", CLASSES, [Item("a", picture(tmp_path / "a.png"), None, ())])
+    assert run_main(monkeypatch, "--weights", weights, "--data", tmp_path, "--out", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "figure4.json").read_text())
+    assert record["selected_fraction"] is None and record["pairs"] == 0
+
+
+def test_a_broken_image_is_left_out_and_named(weights, monkeypatch, tmp_path, capsys):
+    picture(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    arguments = ("--weights", weights, "--images", tmp_path, "--figures", 4, "--out", tmp_path / "out")
+    assert run_main(monkeypatch, *arguments) == 1
+    assert "bad.png" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out" / "figure4.json").read_text())["left_out"]) == [str(tmp_path / "bad.png")]
+    (tmp_path / "good.png").unlink()  # the figures of the first run are no images of ours
+    assert run_main(monkeypatch, *arguments) == 2
+    assert "no image could be read" in capsys.readouterr().err
+
+
+def test_a_shrunk_image_keeps_its_shape_and_its_mask_its_values():
+    mask = torch.zeros(300, 200, dtype=torch.uint8)
+    mask[:150] = 255
+    small = visualize.shrink(Example("a", torch.zeros(3, 300, 200, dtype=torch.uint8), mask, None), 60)
+    assert small.image.shape == (3, 60, 40) and small.image.dtype == torch.uint8
+    assert small.mask.shape == (60, 40) and set(small.mask.unique().tolist()) == {0, 255}
+    same = Example("a", torch.zeros(3, 30, 60), None, None)
+    assert visualize.shrink(same, 60) is same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", 0], r"--count: expected at least 1, got 0"),
+        (["--rows", 0], r"--rows: expected at least 1"),
+        (["--max-side", 4], r"--max-side: expected at least 16"),
+        (["--images", "nothing/*.jpg"], r"--images: there is no image .*'nothing/\*\.jpg'"),
+        (["--images", "x.jpg", "--data", "y"], r"--images: .*--data"),
+        (["--labels", "bag"], r"--labels: is for --images"),
+        (["--images", ".", "--labels", "unicorn"], r"--labels: .*no class 'unicorn'.*T-shirt"),
+        (["--data", "nowhere"], r"there is no nowhere/val\.json"),
+        (["--split", "other"], r"expected `split`.*'other'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_its_flag(weights, monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "--weights", weights, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("visualize: ")
+    assert re.search(message, captured.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_other_classes_and_an_unusable_folder_are_refused(weights, monkeypatch, tmp_path, capsys):
+    write_split(tmp_path, "val", ["cat", "dog"], [Item("a", picture(tmp_path / "a.png"), None, (0,))])
+    assert run_main(monkeypatch, "--weights", weights, "--data", tmp_path) == 2
+    assert "has the 2 classes cat, dog" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run_main(monkeypatch, "--weights", weights, "--out", tmp_path / "file") == 2
+    assert "--out: expected a folder" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--weights", weights, "--out", tmp_path / "file" / "below") == 2
+    assert "--out: cannot make" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--weights", tmp_path / "none.safetensors") == 2
+    assert "--weights: there is no file" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(weights, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    picture(out / "figure4.png")
+    before = (out / "figure4.png").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert run_main(monkeypatch, "--weights", weights, "--count", 1, "--figures", 4, "--out", out) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (out / "figure4.png").read_bytes() == before and len(list(out.iterdir())) == 1
