@@ -85,7 +85,7 @@ class FrequencyRectification(nn.Module):
         low, high = self.frequency(features, grid=grid)
         vectors, valid = self.prototypes(features, cam, labels, mask=mask, grid=grid, max_present=max_present)
         selected = self.rectification.select(
-            features=features, low=low, prototypes=vectors, valid=valid, mask=mask, grid=grid
+            features=features, low=low, prototypes=vectors, valid=valid, mask=mask, grid=grid, max_present=max_present
         )
         loss = self.rectification(
             features=features,

@@ -195,7 +195,7 @@ class FFRLoss(nn.Module):
             )
             parts = {"features": final, "low": low, "prototypes": vectors, "valid": valid, "mask": mask}
             if isinstance(self.rectification, RectificationLoss) and self.rectification.gap is not None:
-                parts["selected"] = self.rectification.select(**parts)
+                parts["selected"] = self.rectification.select(**parts, max_present=max_present)
                 tokens = final[0, 0].numel() if mask is None else mask.flatten(1).sum(1)
                 selected = parts["selected"].sum() / (valid.sum(1) * tokens).sum().clamp(min=1)
             rect = self.rectification(**parts, **reduce).to(exact)

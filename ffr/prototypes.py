@@ -130,19 +130,28 @@ class ClassPrototypes(nn.Module):
         return f"seed_threshold={self.seed_threshold}"
 
 
-def similarity_maps(features: Tensor, vectors: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+def similarity_maps(
+    features: Tensor,
+    vectors: Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    valid: Tensor | None = None,
+    max_present: int | None = None,
+) -> Tensor:
     """Cosine similarity of every token to every prototype.
 
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
         vectors: prototypes ``(B, K, D)``.
         grid: ``(h, w)``, for tokens.
+        valid: bool ``(B, K)``, as `class_prototypes` gives it; the maps of other classes are zero.
+        max_present: an upper bound of the valid classes of one image, known on the host; the others then cost nothing.
 
     Returns:
         ``(B, K, h, w)`` in [-1, 1]; 0 where the token or the prototype is zero.
 
     Raises:
-        ValueError: if a shape does not fit. TypeError: for a dtype that is not floating.
+        ValueError: if a shape does not fit, or `max_present` comes without `valid`. TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -152,15 +161,29 @@ def similarity_maps(features: Tensor, vectors: Tensor, *, grid: tuple[int, int] 
     """
     owner = "similarity_maps"
     (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
-    _check.bind(owner, sizes=sizes, vectors=(vectors, "B K D"))
+    sizes = _check.bind(owner, sizes=sizes, vectors=(vectors, "B K D"))
     _check.floating(owner, vectors=vectors)
+    if valid is None:
+        if max_present is not None:
+            raise ValueError(f"{owner}: `max_present` needs `valid`. Pass valid of shape (B, K).")
+        maps = cosines(tokens, vectors).to(tokens.dtype)
+    else:
+        _check.bind(owner, sizes=sizes, valid=(valid, "B K"))
+        _check.boolean(owner, valid=valid)
+        ids, there = present_classes(valid, max_present)
+        maps = cosines(tokens, torch.where(there[..., None], take_classes(vectors, ids), 0)).to(tokens.dtype)
+        maps = put_classes(maps, ids, sizes["K"])
+    return maps.reshape(sizes["B"], sizes["K"], sizes["h"], sizes["w"])
+
+
+def cosines(tokens: Tensor, vectors: Tensor) -> Tensor:
+    """Cosine of every token (B, N, D) to every vector (B, m, D): (B, m, N), at least float32."""
     with torch.autocast(tokens.device.type, enabled=False):
-        # The K prototypes are normalised, never the N tokens: no second copy of the features. Divided by sqrt(D)
+        # The prototypes are normalised, never the N tokens: no second copy of the features. Divided by sqrt(D)
         # on the way, as a product of a fp16 token with a unit vector may overflow.
-        root = math.sqrt(sizes["D"])
+        root = math.sqrt(tokens.shape[2])
         unit = (vectors * (inverse_norm(vectors) / root)[..., None]).to(tokens.dtype)
-        cosine = torch.bmm(unit, tokens.transpose(1, 2)) * (inverse_norm(tokens) * root)[:, None]  # (B, K, N)
-        return cosine.to(tokens.dtype).reshape(sizes["B"], -1, sizes["h"], sizes["w"])
+        return torch.bmm(unit, tokens.transpose(1, 2)) * (inverse_norm(tokens) * root)[:, None]
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ffr import _check
-from ffr.prototypes import inverse_norm, similarity_maps
+from ffr.cam import present_classes, put_classes, take_classes
+from ffr.prototypes import cosines, inverse_norm
 
 Distance = Literal["cosine", "l1", "l2"]
 
@@ -21,6 +22,7 @@ def select_tokens(
     gap: float = 0.05,
     mask: Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    max_present: int | None = None,
 ) -> Tensor:
     r"""Tokens whose similarity to a class changes when the high band is dropped.
 
@@ -34,6 +36,7 @@ def select_tokens(
         gap: least change of the cosine, in [0, 2].
         mask: bool ``(B, h, w)``, False leaves a token out.
         grid: ``(h, w)``, for tokens.
+        max_present: an upper bound of the valid classes of one image, known on the host; the others then cost nothing.
 
     Returns:
         bool ``(B, K, h, w)``, without gradient. A token may be selected for several classes.
@@ -52,13 +55,17 @@ def select_tokens(
     Reference: FFR (CVPR 2025), method figure, "FSTS"; the absolute gap and its size are our reading.
     """
     owner = "select_tokens"
-    _, sizes = _check.tokens(owner, grid=grid, features=features, low=low)
+    (tokens, low_tokens), sizes = _check.tokens(owner, grid=grid, features=features, low=low)
     sizes = _check.bind(owner, sizes=sizes, prototypes=(prototypes, "B K D"), valid=(valid, "B K"))
     _check.boolean(owner, valid=valid)
     _check.within(owner, gap=gap, at_most=2.0)
     with torch.no_grad():
-        change = similarity_maps(features, prototypes, grid=grid) - similarity_maps(low, prototypes, grid=grid)
-        selected = (change.abs() > gap) & valid[:, :, None, None]
+        ids, there = present_classes(valid, max_present)
+        wide = torch.promote_types(tokens.dtype, torch.float32)  # a gap of 0.05 is a dozen steps of bfloat16 near 1
+        vectors = take_classes(prototypes, ids).to(wide)
+        change = cosines(tokens.to(wide), vectors) - cosines(low_tokens.to(wide), vectors)  # (B, m, N)
+        selected = put_classes((change.abs() > gap) & there[..., None], ids, sizes["K"])
+        selected = selected.reshape(sizes["B"], sizes["K"], sizes["h"], sizes["w"])
         if mask is not None:
             _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
             _check.boolean(owner, mask=mask)
@@ -79,6 +86,7 @@ def rectification_loss(
     selected: Tensor | None = None,
     mask: Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    max_present: int | None = None,
     all_reduce: Callable[[Tensor], Tensor] | None = None,
     world_size: int = 1,
 ) -> Tensor:
@@ -103,6 +111,7 @@ def rectification_loss(
         selected: what `select_tokens` gave, where the caller has it already; left out, it is computed here.
         mask: bool ``(B, h, w)``, False leaves a token out.
         grid: ``(h, w)``, for tokens.
+        max_present: see `select_tokens`.
         all_reduce: sums a detached count over ranks, for an objective that does not depend on their number.
         world_size: number of ranks that `all_reduce` sums over; undoes the mean over ranks of data parallelism.
 
@@ -142,7 +151,14 @@ def rectification_loss(
     else:
         if selected is None:
             selected = select_tokens(
-                features=features, low=low, prototypes=prototypes, valid=valid, gap=gap, mask=mask, grid=grid
+                features=features,
+                low=low,
+                prototypes=prototypes,
+                valid=valid,
+                gap=gap,
+                mask=mask,
+                grid=grid,
+                max_present=max_present,
             )
         _check.bind(owner, sizes=sizes, selected=(selected, "B K h w"))
         _check.boolean(owner, selected=selected)
@@ -212,6 +228,7 @@ class RectificationLoss(nn.Module):
         selected: Tensor | None = None,
         mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        max_present: int | None = None,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         world_size: int = 1,
     ) -> Tensor:
@@ -228,6 +245,7 @@ class RectificationLoss(nn.Module):
             selected=selected,
             mask=mask,
             grid=grid,
+            max_present=max_present,
             all_reduce=all_reduce,
             world_size=world_size,
         )
@@ -241,12 +259,20 @@ class RectificationLoss(nn.Module):
         valid: Tensor,
         mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        max_present: int | None = None,
     ) -> Tensor:
         """The selected (token, class) pairs, bool ``(B, K, h, w)``; see `select_tokens`."""
         if self.gap is None:
             raise ValueError("RectificationLoss.select: gap=None selects nothing by class. Give a gap.")
         return select_tokens(
-            features=features, low=low, prototypes=prototypes, valid=valid, gap=self.gap, mask=mask, grid=grid
+            features=features,
+            low=low,
+            prototypes=prototypes,
+            valid=valid,
+            gap=self.gap,
+            mask=mask,
+            grid=grid,
+            max_present=max_present,
         )
 
     def extra_repr(self) -> str:

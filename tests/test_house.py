@@ -29,7 +29,7 @@ PARTS = {
     "prototypes": {"cam"},
     "classifier": {"cam"},
     "encoder": {"cam"},
-    "rectification": {"prototypes"},
+    "rectification": {"cam", "prototypes"},
     "frequency": {"_frequency_kernel"},
 }
 ALONE = {

@@ -222,6 +222,18 @@ def test_similarity_is_the_cosine_of_every_token_and_prototype(scene, classes):
     assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@given(scenes())
+def test_valid_classes_alone_have_maps_however_many_are_asked_for(scene):
+    features = scene[0]
+    batch = features.shape[0]
+    vectors, valid = noise(9, batch, 5, 3), noise(10, batch, 5) > 0.3
+    expected = torch.where(valid[:, :, None, None], similarity_maps(features, vectors), 0)
+    bound = int(valid.sum(1).max())
+    for most in {None, bound, 5}:
+        ours = similarity_maps(features, vectors, valid=valid, max_present=most)
+        assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
 @given(scenes(), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_lengths_do_not_matter(scene, one, two):
     features = scene[0]
@@ -325,6 +337,13 @@ def test_a_bound_beyond_the_classes_is_refused(most):
 def test_similarities_of_what_does_not_fit_are_refused(inputs, settings, kind, message):
     with pytest.raises(kind, match=re.escape(f"similarity_maps: expected {message}")):
         similarity_maps(*inputs, **settings)
+
+
+def test_a_bound_without_the_valid_classes_is_refused():
+    with pytest.raises(ValueError, match=r"similarity_maps: `max_present` needs `valid`\. Pass valid"):
+        similarity_maps(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 3), max_present=1)
+    with pytest.raises(TypeError, match=r"similarity_maps: expected `valid` of dtype torch.bool"):
+        similarity_maps(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 3), valid=torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])

@@ -96,6 +96,50 @@ def test_the_lengths_of_tokens_and_prototypes_do_not_matter(scene, gap, factor):
     assert torch.equal(select_tokens(**longer, gap=gap + 1e-9), select_tokens(**parts, gap=gap + 1e-9))
 
 
+@given(scenes(), gaps)
+def test_a_bound_on_the_valid_classes_changes_nothing(scene, gap):
+    parts, mask = scene
+    bound = int(parts["valid"].sum(1).max())
+    expected = select_tokens(**parts, gap=gap, mask=mask)
+    assert torch.equal(select_tokens(**parts, gap=gap, mask=mask, max_present=bound), expected)
+    assert torch.equal(RectificationLoss(gap).select(**parts, mask=mask, max_present=bound), expected)
+    loss = rectification_loss(**parts, gap=gap, max_present=bound)
+    assert_close(loss, rectification_loss(**parts, gap=gap), **EXACT)
+    assert_close(RectificationLoss(gap)(**parts, max_present=bound), loss, **EXACT)
+
+
+def test_a_bound_that_is_too_low_leaves_classes_out():  # which shows that it is passed on
+    parts = figure_1()
+    assert select_tokens(**parts, gap=0.01).sum() == 4
+    assert select_tokens(**parts, gap=0.01, max_present=1).sum() == 2
+    assert RectificationLoss(0.01).select(**parts, max_present=1).sum() == 2
+    selected = select_tokens(**parts, gap=0.1, max_present=1)
+    few = rectification_loss(**parts, gap=0.1, max_present=1)
+    assert_close(few, rectification_loss(**parts, gap=0.1, selected=selected), **EXACT)
+    assert not torch.equal(few, rectification_loss(**parts, gap=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gap_of_half_precision_is_taken_in_single_precision(dtype):
+    parts = {
+        name: noise(seed, *shape).to(dtype)
+        for name, seed, shape in (
+            ("features", 0, (2, 64, 14, 14)),
+            ("low", 1, (2, 64, 14, 14)),
+            ("prototypes", 2, (2, 3, 64)),
+        )
+    }
+    common = noise(3, 64)[:, None, None].to(dtype)  # a large common vector, as tokens have: cosines near 0.9
+    parts["low"] = parts["features"] + 0.3 * parts["low"] + 3 * common
+    parts["features"] = parts["features"] + 3 * common
+    parts["prototypes"] = parts["prototypes"] + 3 * common[:, 0, 0]
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    exact = {name: x.double() for name, x in parts.items()}
+    wanted = select_tokens(**exact, valid=valid, gap=0.01)
+    assert 0.1 < wanted.double().mean() < 0.9
+    assert torch.equal(select_tokens(**parts, valid=valid, gap=0.01), wanted)
+
+
 def test_two_classes_of_one_patch_both_select_it():
     picked = select_tokens(**figure_1(), gap=0.1)
     assert picked.dtype == torch.bool
