@@ -1,7 +1,7 @@
 """Class prototypes from an image's own features, and the similarity of tokens to them."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,11 @@ def class_prototypes(
         seeds = torch.where((seeds >= seed_threshold) & valid[..., None], seeds, 0)
         # Dividing the weights, not the sum of tokens, keeps fp16 from overflowing.
         weights = seeds / torch.where(valid, seeds.sum(2), 1)[..., None]
-        vectors = torch.bmm(weights.to(tokens.dtype), tokens)  # (B, m, D)
+        weights = weights.to(tokens.dtype)
+        if features.ndim == 4:  # in this order the gradient of maps comes as maps lie in memory
+            vectors = torch.bmm(features.flatten(2), weights.transpose(1, 2)).transpose(1, 2)  # (B, m, D)
+        else:
+            vectors = torch.bmm(weights, tokens)
     return Prototypes(put_classes(vectors, ids, sizes["K"]), put_classes(valid, ids, sizes["K"]))
 
 
@@ -183,7 +187,61 @@ def cosines(tokens: Tensor, vectors: Tensor) -> Tensor:
         # on the way, as a product of a fp16 token with a unit vector may overflow.
         root = math.sqrt(tokens.shape[2])
         unit = (vectors * (inverse_norm(vectors) / root)[..., None]).to(tokens.dtype)
+        if not torch.compiler.is_compiling():
+            cosine: Tensor = _Cosines.apply(tokens, unit, root)[0]
+            return cosine
         return torch.bmm(unit, tokens.transpose(1, 2)) * (inverse_norm(tokens) * root)[:, None]
+
+
+class _Cosines(torch.autograd.Function):
+    """``unit . t / |t| * root``; its backward pass makes one tensor of the size of the tokens, not six."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tokens: Tensor, unit: Tensor, root: float) -> tuple[Tensor, Tensor]:
+        inverse = inverse_norm(tokens)
+        return torch.bmm(unit, tokens.transpose(1, 2)) * (inverse * root)[:, None], inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tokens, unit, ctx.root = inputs
+        cosine, inverse = output
+        ctx.mark_non_differentiable(inverse)
+        ctx.save_for_backward(tokens, unit, cosine, inverse)
+        ctx.save_for_forward(tokens, unit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        tokens, unit, cosine, inverse = ctx.saved_tensors
+        with torch.autocast(tokens.device.type, enabled=False):
+            if torch.is_grad_enabled():  # for a second derivative the norm must be in the graph
+                inverse = inverse_norm(tokens)
+            weights = (gradients[0] * (inverse * ctx.root)[:, None]).to(tokens.dtype)  # (B, m, N)
+            to_unit = torch.bmm(weights, tokens) if ctx.needs_input_grad[1] else None
+            if not ctx.needs_input_grad[0]:
+                return None, to_unit, None
+            along = -(gradients[0] * cosine).sum(1) * inverse.square()
+            if tokens.transpose(1, 2).is_contiguous():  # maps: the gradient lies in memory as they do
+                to_tokens = torch.bmm(unit.transpose(1, 2), weights).transpose(1, 2)
+            else:
+                to_tokens = torch.bmm(weights.transpose(1, 2), unit)
+            if along.dtype == tokens.dtype:
+                return to_tokens.addcmul_(tokens, along[..., None]), to_unit, None
+            return (to_tokens + tokens * along[..., None]).to(tokens.dtype), to_unit, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        tokens, unit = ctx.saved_tensors
+        inverse = inverse_norm(tokens)
+        cosine = torch.bmm(unit, tokens.transpose(1, 2)) * inverse[:, None]
+        moved = torch.zeros_like(cosine)
+        if tangents[0] is not None:
+            along = (tokens * tangents[0]).sum(2, dtype=inverse.dtype) * inverse.square()
+            moved = torch.bmm(unit, tangents[0].transpose(1, 2)) * inverse[:, None] - cosine * along[:, None]
+        if tangents[1] is not None:
+            moved = moved + torch.bmm(tangents[1], tokens.transpose(1, 2)) * inverse[:, None]
+        return moved * ctx.root, None
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:

@@ -222,6 +222,22 @@ def test_similarity_is_the_cosine_of_every_token_and_prototype(scene, classes):
     assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["maps", "tokens"])
+def test_second_derivatives_and_transforms_pass_the_similarity(layout):
+    x, vectors = noise(0, 2, 3, 2, 2), noise(1, 2, 2, 3)
+    x, grid = (x, None) if layout == "maps" else (as_tokens(x).contiguous(), (2, 2))
+
+    def f(x, vectors):
+        return similarity_maps(x, vectors, grid=grid)
+
+    leaves = x.requires_grad_(), vectors.requires_grad_()
+    assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, leaves)
+    gradient = torch.autograd.grad(f(x, vectors).square().sum(), x)[0]
+    one = torch.func.grad(lambda x, vectors: f(x[None], vectors[None]).square().sum())
+    assert_close(torch.func.vmap(one)(x.detach(), vectors.detach()), gradient)
+
+
 @given(scenes())
 def test_valid_classes_alone_have_maps_however_many_are_asked_for(scene):
     features = scene[0]

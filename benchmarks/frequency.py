@@ -1,0 +1,280 @@
+"""The band split against four FFT forms of the same filter, and against the least that memory allows.
+
+    python benchmarks/frequency.py --quick          # the sizes and dtypes of the goals, two minutes
+    python benchmarks/frequency.py                  # every size, dtype and layout, batch 4
+    python benchmarks/frequency.py --batches 1 4 16 64
+    python benchmarks/frequency.py --device cuda    # events, inputs rotated beyond the cache, kernel and products
+
+All use the same box mask, even about frequency zero, so that results agree; the usual `c - r : c + r` is no such mask.
+The opponents, written here from the formula: "shifts" is what papers publish (fft2, fftshift, mask, ifftshift, ifft2,
+real part), "fft2" the same without shifts, "rfft2" the half spectrum, "scipy" scipy.fft on the CPU. No FFT exists in
+bfloat16, so all go through float32. "floor" reads once and writes twice: a copy, and a subtraction of what was read.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import tyro
+from scipy import fft as scipy_fft
+from torch import Tensor
+
+from ffr import frequency, split_bands
+
+GRIDS = ((14, 14), (16, 16), (28, 28), (32, 32), (27, 41), (56, 56), (64, 64), (128, 128))
+QUICK = ((28, 28), (27, 41))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}  # of the largest value
+LAYOUTS = ("tokens", "maps")
+CACHE = 2**28  # bytes over which inputs rotate on a GPU: more than its second-level cache
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The band split against FFT forms and the memory floor."""
+
+    quick: bool = False
+    """28 x 28 and 27 x 41 in float32 and bfloat16 alone"""
+    batches: tuple[int, ...] = (4,)
+    channels: int = 768
+    mu: float = 0.4
+    limit: float = 0.25
+    """GiB that one input may take; larger cases are left out, and named"""
+    rounds: int = 7
+    threads: int = 1
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON; the plot lies beside it. By default results/DATE-DEVICE-frequency.json"""
+
+
+def box(size: int, mu: float, *, half: bool = False) -> Tensor:
+    """1 for the frequencies kept, in the order of an FFT."""
+    cycles = torch.fft.rfftfreq(size) if half else torch.fft.fftfreq(size)
+    return ((cycles * size).abs().round() <= frequency.passed(size, mu)).float()
+
+
+class Opponent:
+    """One form of the filter by FFT, for maps (B, D, h, w) or tokens (B, h w, D), on the axes where they lie."""
+
+    def __init__(self, name: str, grid: tuple[int, int], mu: float, layout: str, device: str) -> None:
+        self.name, self.grid, self.maps = name, grid, layout == "maps"
+        self.axes = (2, 3) if self.maps else (1, 2)
+        mask = box(grid[0], mu)[:, None] * box(grid[1], mu, half=name == "rfft2")
+        if name == "shifts":
+            mask = torch.fft.fftshift(mask)
+        self.mask = (mask if self.maps else mask[..., None]).to(device)
+
+    def __call__(self, features: Tensor) -> Pair:
+        x = features if self.maps else features.unflatten(1, self.grid)
+        low = self.filtered(x.float()).to(features.dtype)
+        low = low if self.maps else low.flatten(1, 2)
+        return low, features - low
+
+    def filtered(self, x: Tensor) -> Tensor:
+        axes = self.axes
+        if self.name == "shifts":
+            spectrum = torch.fft.fftshift(torch.fft.fft2(x, dim=axes), dim=axes)
+            return torch.fft.ifft2(torch.fft.ifftshift(spectrum * self.mask, dim=axes), dim=axes).real
+        if self.name == "fft2":
+            return torch.fft.ifft2(torch.fft.fft2(x, dim=axes) * self.mask, dim=axes).real
+        if self.name == "rfft2":
+            return torch.fft.irfft2(torch.fft.rfft2(x, dim=axes) * self.mask, s=self.grid, dim=axes)
+        spectrum = scipy_fft.fft2(x.numpy(), axes=axes) * self.mask.numpy()
+        return torch.from_numpy(scipy_fft.ifft2(spectrum, axes=axes).real)
+
+
+def products(features: Tensor, mu: float, grid: tuple[int, int]) -> Pair:
+    """The plain products that a compiler sees: on a GPU what runs where the kernel does not fit."""
+    low, high = frequency._as_graph(features, mu, *grid)
+    return low, high
+
+
+def floor(features: Tensor) -> Pair:
+    """Read once, write twice, about: what a split cannot beat."""
+    return features.clone(), features - features
+
+
+def forms(grid: tuple[int, int], layout: str, arguments: Arguments) -> dict[str, Callable[[Tensor], Pair]]:
+    """All ways to split features of one grid and layout."""
+    mu, device = arguments.mu, arguments.device
+    given = grid if layout == "tokens" else None
+    found: dict[str, Callable[[Tensor], Pair]] = {"ours": lambda x: tuple(split_bands(x, mu, grid=given))}
+    if device != "cpu":
+        found["products"] = lambda x: products(x, mu, grid)
+    names = ("shifts", "fft2", "rfft2", *(("scipy",) if device == "cpu" else ()))
+    return {**found, **{name: Opponent(name, grid, mu, layout, device) for name in names}}
+
+
+def rotated(function: Callable[[Tensor], object], inputs: list[Tensor]) -> Callable[[], object]:
+    """Call `function` with one input after the other, so that none is in the cache."""
+    turns = cycle(inputs)
+    return lambda: function(next(turns))
+
+
+def both_ways(function: Callable[[Tensor], Pair], weights: Pair) -> Callable[[Tensor], Tensor]:
+    """Forward and backward, gradients in both bands."""
+
+    def run(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, weights)[0]
+
+    return run
+
+
+def case(grid: tuple[int, int], batch: int, dtype: str, layout: str, arguments: Arguments) -> list[dict[str, Any]]:
+    """Rows of one case: forward, and forward with backward."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, arguments.channels, *grid)
+    if layout == "tokens":
+        shape = (batch, grid[0] * grid[1], arguments.channels)
+    x = torch.randn(shape, generator=generator).to(arguments.device, DTYPES[dtype])
+    copies = 1 if arguments.device == "cpu" else max(1, CACHE // x.nbytes)
+    inputs = [x, *(x.clone() for _ in range(copies - 1))]
+    weights = torch.randn_like(x), torch.randn_like(x)
+    ways = forms(grid, layout, arguments)
+    exact = ways["ours"](x.double())[0]
+    apart = {name: float((way(x)[0].double() - exact).abs().max() / exact.abs().max()) for name, way in ways.items()}
+    if max(apart.values()) > TOLERANCE[dtype]:
+        raise RuntimeError(f"{grid} {dtype} {layout}: results differ: {apart}")
+    rows = []
+    for kind in ("forward", "forward + backward"):
+        single = kind == "forward"
+        # scipy has no derivative
+        chosen = {
+            name: way if single else both_ways(way, weights) for name, way in ways.items() if single or name != "scipy"
+        }
+        calls = {name: rotated(torch.no_grad()(way) if single else way, inputs) for name, way in chosen.items()}
+        # a backward pass reads two gradients and writes one
+        calls["floor"] = rotated(floor if single else lambda x: (floor(x), weights[0] + weights[1]), inputs)
+        times = harness.measure(calls, rounds=arguments.rounds, device=arguments.device)
+        peaks = {name: harness.peak_bytes(call, arguments.device) / x.nbytes for name, call in calls.items()}
+        best = {name: min(times[name]) for name in ("ours", "floor")}
+        rows.append(
+            {
+                "grid": f"{grid[0]} x {grid[1]}",
+                "batch": batch,
+                "dtype": dtype,
+                "layout": layout,
+                "kind": kind,
+                "times_faster_than": {
+                    name: harness.ratio(times, name, "ours")._asdict()
+                    for name in calls
+                    if name not in ("ours", "floor")
+                },
+                "times_the_floor": harness.ratio(times, "ours", "floor")._asdict(),
+                "peak_inputs": peaks,
+                "relative_difference": apart,
+                "gigabytes_per_second": {name: 3 * x.nbytes / time / 1e9 for name, time in best.items()},
+                "fused": arguments.device != "cpu" and frequency._fused(x, *grid) is not None,
+            }
+        )
+    return rows
+
+
+def measure(arguments: Arguments) -> list[dict[str, Any]]:
+    """All cases that fit."""
+    rows = []
+    grids = QUICK if arguments.quick else GRIDS
+    for dtype in list(DTYPES)[:2] if arguments.quick else DTYPES:
+        for grid in grids:
+            for batch in arguments.batches:
+                size = batch * arguments.channels * grid[0] * grid[1] * DTYPES[dtype].itemsize / 2**30
+                if size > arguments.limit:
+                    print(f"left out: {dtype}, {grid[0]} x {grid[1]}, batch {batch}: {size:.2f} GiB")
+                    continue
+                for layout in LAYOUTS:
+                    rows += case(grid, batch, dtype, layout, arguments)
+                    print(".", end="", flush=True)
+    print()
+    return rows
+
+
+def show(arguments: Arguments, rows: list[dict[str, Any]]) -> None:
+    """The table of some rows."""
+    names = [name for name in ("shifts", "fft2", "rfft2", "scipy", "products") if name in rows[0]["times_faster_than"]]
+    cells = []
+    for row in rows:
+        faster = row["times_faster_than"]
+        way = "F" if row["kind"] == "forward" else "F+B"
+        cells.append(
+            (
+                f"{row['grid']} B{row['batch']} {row['dtype']} {row['layout']} {way}",
+                harness.Ratio(**faster[names[0]]),
+                *(f"{faster[name]['median']:.1f}" if name in faster else None for name in names[1:]),
+                f"{row['times_the_floor']['median']:.1f}",
+                f"{row['peak_inputs']['ours']:.1f} / {row['peak_inputs']['shifts']:.1f}",
+                f"{row['relative_difference']['ours']:.0e}",
+            )
+        )
+    columns = ("case", *names, "x floor", "peak, shifts", "difference")
+    harness.table("FrequencyMask: times faster than", columns, cells, notes(arguments))
+
+
+def notes(arguments: Arguments) -> list[str]:
+    """How it was measured."""
+    return [
+        f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s), D = {arguments.channels}, mu = "
+        f"{arguments.mu}; {arguments.rounds} interleaved rounds, median and quartiles of the ratios.",
+        "F forward, B backward. x floor: our time over that of the floor. Peak: of torch's allocator above the inputs, in "
+        "sizes of the input, ours and that of the shifts. Difference: ours to float64, of the largest value.",
+    ]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Times faster than fft2 with shifts, by grid; and the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = ("forward", "forward + backward")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    batch = rows[0]["batch"]
+    for axis, kind in zip(axes, kinds, strict=True):
+        for dtype in DTYPES:
+            for layout, line in zip(LAYOUTS, ("-", "--"), strict=True):
+                some = [
+                    r for r in rows if (r["kind"], r["dtype"], r["layout"], r["batch"]) == (kind, dtype, layout, batch)
+                ]
+                if not some:
+                    continue
+                ratios = [row["times_faster_than"]["shifts"] for row in some]
+                middle = [ratio["median"] for ratio in ratios]
+                spread = [[m - r["low"] for m, r in zip(middle, ratios, strict=True)]]
+                spread += [[r["high"] - m for m, r in zip(middle, ratios, strict=True)]]
+                color = f"C{list(DTYPES).index(dtype)}"
+                grids = [row["grid"] for row in some]
+                axis.errorbar(
+                    grids, middle, spread, color=color, linestyle=line, marker="o", label=f"{dtype}, {layout}"
+                )
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set(title=kind, xlabel="grid", yscale="log")
+        axis.tick_params("x", rotation=45)
+    axes[0].set_ylabel("times faster than fft2 with shifts")
+    axes[1].legend(fontsize="small")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=110)
+    pyplot.close(figure)
+    part.replace(path)
+
+
+def main() -> int:
+    """Run from the command line."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    torch.set_num_threads(arguments.threads)
+    rows = measure(arguments)
+    show(arguments, rows)
+    path = harness.save("frequency", asdict(arguments), rows, device=arguments.device, out=arguments.out)
+    plot(rows, path.with_suffix(".png"))
+    print("wrote", path, "and", path.with_suffix(".png").name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
