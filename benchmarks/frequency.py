@@ -221,8 +221,8 @@ def notes(arguments: Arguments) -> list[str]:
     return [
         f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s), D = {arguments.channels}, mu = "
         f"{arguments.mu}; {arguments.rounds} interleaved rounds, median and quartiles of the ratios.",
-        "F forward, B backward. x floor: our time over that of the floor. Peak: of torch's allocator above the inputs, in "
-        "sizes of the input, ours and that of the shifts. Difference: ours to float64, of the largest value.",
+        "F forward, B backward. x floor: our time over that of the floor. Peak: of torch's allocator above the inputs, "
+        "in sizes of the input, ours and that of the shifts. Difference: ours to float64, of the largest value.",
     ]
 
 

@@ -194,7 +194,7 @@ def cosines(tokens: Tensor, vectors: Tensor) -> Tensor:
 
 
 class _Cosines(torch.autograd.Function):
-    """``unit . t / |t| * root``; its backward pass makes one tensor of the size of the tokens, not six."""
+    """``unit . t / |t| * root``; its backward pass makes two tensors of the size of the tokens, not six."""
 
     generate_vmap_rule = True
 
@@ -226,9 +226,7 @@ class _Cosines(torch.autograd.Function):
                 to_tokens = torch.bmm(unit.transpose(1, 2), weights).transpose(1, 2)
             else:
                 to_tokens = torch.bmm(weights.transpose(1, 2), unit)
-            if along.dtype == tokens.dtype:
-                return to_tokens.addcmul_(tokens, along[..., None]), to_unit, None
-            return (to_tokens + tokens * along[..., None]).to(tokens.dtype), to_unit, None
+            return to_tokens.add_(tokens * along[..., None]), to_unit, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
