@@ -30,7 +30,7 @@ run() { # run SECONDS SUBJECT SCRIPT OPTION...: one benchmark, its figures in FO
 }
 
 run 60 step step.py --precision bf16
-run 100 frequency frequency.py
+run 100 frequency frequency.py --quick
 run 50 prototypes prototypes.py
 run 50 cams cams.py
 run 60 refinement refinement.py

@@ -375,7 +375,7 @@ def public(module):
 
 
 # Of one another, inside the package: small steps of what is on the sheet.
-INNER = {"to_float", "present_classes", "take_classes", "put_classes", "inverse_norm"}
+INNER = {"to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm"}
 
 
 def uncovered(cases):

@@ -69,7 +69,7 @@ def test_a_gpu_gives_the_bands_and_gradients_of_the_cpu(grid, tokens, dtype, ato
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("side", "tokens"), [(32, True), (32, False), (64, True), (64, False)])
-def test_every_choice_compiles_for_a_gpu_and_leaves_room_in_its_shared_memory(side, tokens, dtype, capability):
+def test_every_choice_compiles_for_a_gpu_and_one_fits_into_its_shared_memory(side, tokens, dtype, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -77,6 +77,7 @@ def test_every_choice_compiles_for_a_gpu_and_leaves_room_in_its_shared_memory(si
 
     names = kernel._kernel.fn.arg_names
     for join in (False, True):
+        shared = []
         for size, warps in kernel._SIZES:
             if 2**size < side * side:
                 continue
@@ -87,5 +88,6 @@ def test_every_choice_compiles_for_a_gpu_and_leaves_room_in_its_shared_memory(si
             aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_at")}
             source = ASTSource(fn=kernel._kernel.fn, signature=signature, constexprs=constants, attrs=aligned)
             built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-            assert built.metadata.shared < 160 * 2**10  # of 163 KiB on sm_80, 227 on sm_90
+            shared.append(built.metadata.shared)
             assert ("mma" in built.asm["ptx"]) == (dtype != "fp32")  # float32 without TF32
+        assert sorted(shared)[1] < 99 * 2**10  # two at least, even on an sm_86, which has the least
