@@ -87,6 +87,20 @@ def test_far_points_do_not_clash_where_their_names_pass_64_bits():
     assert_close(PermutohedralLattice(f, normalize=False)(values), torch.from_numpy(wanted))
 
 
+def test_a_size_that_is_a_power_of_two_makes_no_names_equal():
+    """Even radices whose product is 2^64 would drop the third coordinate, and the first two points meet."""
+    far = 4 * (2**30 - 4)
+    elevated = torch.tensor([[0, 0, 0], [0, 0, 20], [far, far, 0]], dtype=torch.float64)  # all but the first coordinate
+    elevated += torch.tensor([0.9, 0.4, -0.3])  # inside a simplex: on a corner rounding would choose among several
+    third = -elevated[:, 2] / 3
+    second = (third - elevated[:, 1]) / 2
+    scaled = torch.stack([second + third - elevated[:, 0], second, third], 1)
+    f = scaled * torch.tensor([2.0, 6.0, 12.0], dtype=torch.float64).sqrt() / (4 * math.sqrt(2 / 3))
+    values = normal(3, 2)
+    wanted = reference.lattice_filter(f.numpy(), values.numpy())
+    assert_close(PermutohedralLattice(f, normalize=False)(values), torch.from_numpy(wanted))
+
+
 # --- laws ---
 
 
