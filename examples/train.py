@@ -136,6 +136,8 @@ class Run:
             self.examples, classes = evaluation_data(config, config.val_split)
             if classes != self.classes:
                 raise ValueError(f"--val-split: {config.val_split} has other classes than {config.train_split}.")
+            if not self.examples.scored():
+                raise ValueError(f"--val-split: no image of {config.val_split} has a mask. Add --val-split None.")
         self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
         self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
         self.start, self.best = 0, -1.0
@@ -208,7 +210,7 @@ class Run:
             workers=config.workers,
         )
         if scores["seg_miou"] is None:
-            raise ValueError(f"--val-split: no image of {config.val_split} has a mask. Add --val-split None.")
+            raise ValueError(f"--val-images: none of the first {config.val_images} has a mask. Raise it.")
         better = scores["seg_miou"] > self.best
         self.best = max(self.best, scores["seg_miou"])
         weights = self.trainer.weights() if better else {}

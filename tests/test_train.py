@@ -463,6 +463,17 @@ def test_validation_with_other_classes_is_refused(monkeypatch, capsys, tmp_path)
     assert "--val-split: val has other classes than train" in capsys.readouterr().err
 
 
+def test_a_split_without_masks_is_refused_before_the_first_step_and_not_needed(monkeypatch, capsys, tmp_path):
+    data = make_folder(tmp_path / "data")
+    split = read_split(data, "val")
+    write_split(data, "val", split.classes, [item._replace(mask=None) for item in split.items])
+    small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "steps": 1, "seg_start": 9, "w_aff": 0.0}
+    assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, **small) == 2
+    assert "--val-split: no image of val has a mask. Add --val-split None" in capsys.readouterr().err
+    assert not checkpoint.checkpoints(tmp_path / "run")
+    assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, val_split=None, **small) == 0
+
+
 # Weights ----------------------------------------------------------------------------------------------------------
 
 

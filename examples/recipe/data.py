@@ -396,6 +396,10 @@ class EvalImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.split.items)
 
+    def scored(self) -> int:
+        """How many images have a mask."""
+        return sum(item.mask is not None for item in self.split.items)
+
     def name(self, index: int) -> str:
         """Of an image, for a message."""
         return self.split.items[index].name
@@ -413,6 +417,10 @@ class SceneExamples(Dataset[Example]):
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
+
+    def scored(self) -> int:
+        """How many images have a mask."""
+        return len(self)
 
     def __len__(self) -> int:
         return len(self.scenes.images)
