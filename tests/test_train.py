@@ -587,6 +587,15 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused_once(one_rank, tmp_path)
     assert "--batch-size: expected a multiple of ranks x --accumulate = 2 x 1, got 3" in done.stderr
 
 
+@pytest.mark.slow
+def test_compiled_it_trains_the_same(whole, monkeypatch, tmp_path):
+    assert run(monkeypatch, out=tmp_path / "run", steps=8, compile=True) == 0
+    for ours, theirs in zip(logged(tmp_path / "run"), logged(whole), strict=True):
+        for name in ("total", "cls", "seg", "seg_high", "rect", "aff"):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.05, abs=1e-3), (ours["step"], name)
+    assert load_file(tmp_path / "run" / "last.safetensors").keys() == load_file(whole / "last.safetensors").keys()
+
+
 LONG = {"steps": 60, "save_every": 2, "val_every": 0, "log_every": 5, "seg_start": 20, "affinity_start": 20}
 
 

@@ -48,6 +48,7 @@ def optimizer(model: FFR, lr: float, *, weight_decay: float, head_scale: float) 
             for (decays, body), parameters in groups.items()
         ],
         lr=lr,
+        fused=next(model.parameters()).is_cuda,  # one kernel for all weights
     )
 
 
@@ -87,8 +88,9 @@ class Trainer:
         together = {"all_reduce": self.total, "world_size": self.ranks} if self.ranks > 1 else {}
         self.objective = build_objective(config, self.model, **together).train()
         if config.compile:
-            self.model.encoder.compile()
-            self.objective.refinement.compile()
+            blocks = getattr(getattr(self.model.encoder, "model", None), "blocks", None)
+            for part in (*(blocks or [self.model.encoder]), self.objective.refinement):
+                part.compile()  # by block: one graph serves them all, and an image of another size does not cost much
         if self.ranks > 1 and any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
             if accelerator.device.type == "cpu":
                 raise ValueError("--model: batch norm cannot be shared by ranks on a CPU. Run one process, or a ViT.")
