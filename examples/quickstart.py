@@ -9,7 +9,6 @@ Prints one table and writes quickstart.png and quickstart.json. Edit the constan
 import json
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ try:
     import torchvision
     import tyro
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
     sys.exit(f"quickstart needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
@@ -32,6 +30,7 @@ from recipe.evaluation import Protocol, evaluate
 from recipe.files import written
 from recipe.network import small_ffr
 from recipe.picture import save_picture, steps_of
+from recipe.progress import progress
 from recipe.scenes import CLASSES, Scenes, make_scenes
 
 import ffr
@@ -124,28 +123,6 @@ def all_background(test: Scenes) -> dict[str, float | None]:
     share = 100 * float((test.masks == 0).double().mean())
     empty = dict.fromkeys((*COLUMNS, "threshold"))
     return {**empty, "seg_miou": share / (len(CLASSES) + 1), "boundary_iou": 0.0}
-
-
-def progress(console: Console, name: str, steps: int) -> tuple[Progress, Callable[[int, dict[str, float]], None]]:
-    """A bar with step, rate, time left and loss terms; a line every tenth of the way where there is no terminal."""
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(),
-        TextColumn("step {task.completed}/{task.total}, {task.fields[rate]}"), TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    task = bar.add_task(f"{name:9}", total=steps, rate="", terms="")
-    marks = {max(1, steps * tenth // 10) for tenth in range(1, 11)}
-
-    def report(step: int, values: dict[str, float]) -> None:
-        terms = " ".join(f"{key} {value:.2f}" for key, value in values.items() if value)
-        speed = bar.tasks[0].speed
-        bar.update(task, completed=step, rate=f"{speed:.1f} steps/s" if speed else "", terms=terms)
-        reached = {mark for mark in marks if mark <= step}
-        if reached and not console.is_terminal:
-            console.print(f"{name}: step {step}/{steps}, {terms}", soft_wrap=True)
-        marks.difference_update(reached)
-
-    return bar, report
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:

@@ -229,6 +229,9 @@ class Run:
             f"step {done}: {scores['images']['segmentation']} images of {config.val_split}, single scale, CAM with "
             f"known labels at threshold {config.cam_threshold}: {said}"
         )
+        if left := scores["left_out"]:
+            name, problem = next(iter(left.items()))
+            self.say(f"left out: {len(left)} images whose files are broken; the first, {name}: {problem}")
 
     def high_band_shares(self, model: FFR) -> dict[str, float]:
         """Share of the high band in the features of every block: whether the paper's premise holds in this network."""

@@ -463,6 +463,15 @@ def test_validation_with_other_classes_is_refused(monkeypatch, capsys, tmp_path)
     assert "--val-split: val has other classes than train" in capsys.readouterr().err
 
 
+def test_a_broken_image_of_the_validation_is_left_out_and_said(monkeypatch, capsys, tmp_path):
+    data = make_folder(tmp_path / "data")
+    read_split(data, "val").items[1].mask.write_bytes(b"")
+    small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "steps": 1, "seg_start": 9, "w_aff": 0.0}
+    assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, **small) == 0
+    assert "left out: 1 images whose files are broken; the first, val1: " in capsys.readouterr().out
+    assert logged(tmp_path / "run", "val")[0]["images"]["segmentation"] == 4
+
+
 def test_a_split_without_masks_is_refused_before_the_first_step_and_not_needed(monkeypatch, capsys, tmp_path):
     data = make_folder(tmp_path / "data")
     split = read_split(data, "val")
