@@ -2,8 +2,9 @@
 # Every benchmark on this machine's GPU, each within its time, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
 # Figures go to FOLDER, by default benchmarks/results. What fails or runs out of time is named, and the rest goes on.
 set -uo pipefail
+folder="${1:+$(realpath -m "$1")}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-folder="${1:-benchmarks/results}"
+folder="${folder:-benchmarks/results}"
 stamp="$(date -u +%Y-%m-%d-%H%M)"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python="${PYTHON:-python3}"

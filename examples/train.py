@@ -14,8 +14,10 @@ visualize.py read. The preset's name comes first; every field of recipe/config.p
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,10 @@ from recipe.weights import save_weights, versions
 from ffr import FFR
 
 LOG = "log.jsonl"
+WEIGHTS = ("last.safetensors", "best.safetensors")
+PARTS = (
+    r"\.(checkpoint-\d{8}|last|best|log|diverged)\.\w{8}\.(pt|safetensors|jsonl)"  # what `written` leaves when killed
+)
 LOOKED_AT = 16  # images of the validation split whose features are split into bands
 
 
@@ -90,29 +96,31 @@ def claim(out: Path, resume: bool) -> None:
     """Make the folder of the run, or refuse one that holds another run."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
-    if not resume and (checkpoints(out) or (out / LOG).exists()):
+    if not resume and (checkpoints(out) or any((out / name).exists() for name in WEIGHTS)):
         raise ValueError(f"--out: {out} holds a run. Add --resume to go on with it, or name another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for part in out.glob(".*.*"):  # what a killed run was writing
-            if part.suffix in (".pt", ".safetensors", ".jsonl"):
+        for part in out.iterdir():
+            if re.fullmatch(PARTS, part.name):
                 part.unlink()
-        with written(out / ".writable"):
+        with tempfile.TemporaryFile(dir=out):
             pass
-        (out / ".writable").unlink()
     except OSError as error:
         raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM goes on a list, so that the step can be finished and saved; a second one ends it."""
+    """The first SIGINT or SIGTERM goes on a list, so that the step can be finished and saved; a second SIGINT ends it.
+
+    A second SIGTERM does not: schedulers send it to every process, and launchers pass it on once more.
+    """
     got: list[int] = []
 
     def note(number: int, frame: object) -> None:
+        if got and number == signal.SIGINT:
+            raise KeyboardInterrupt
         got.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
@@ -140,6 +148,7 @@ class Run:
                 raise ValueError(f"--val-split: no image of {config.val_split} has a mask. Add --val-split None.")
         self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
         self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
+        self.scored = [config.val_split, config.val_images]
         self.start, self.best = 0, -1.0
         self.log: Log | None = None
 
@@ -147,7 +156,9 @@ class Run:
         """Go on from the newest checkpoint."""
         content = load_checkpoint(self.config.out, self.config, same=self.same)
         self.trainer.load(content)
-        self.start, self.best = content["step"], content["best"]
+        self.start = content["step"]
+        if content["scored"] == self.scored:  # else the best so far is of other images
+            self.best = content["best"]
         self.say(f"going on from step {self.start}")
 
     def train(self) -> int:
@@ -184,9 +195,10 @@ class Run:
             except Diverged as error:
                 self.say(self.save_evidence(error), error=True)
                 return 3
-            except ValueError:
+            except (ValueError, OSError, RuntimeError):
                 if self.accelerator.num_processes == 1 and done > self.start:
-                    self.save(done)  # nothing of the training is lost to an image that cannot be read
+                    with contextlib.suppress(Diverged):
+                        self.save(done)  # nothing of the training is lost to an image, or to a validation without room
                 raise
             finally:
                 if self.log is not None:
@@ -246,9 +258,11 @@ class Run:
     def save(self, done: int) -> None:
         """A checkpoint, and the weights as they are."""
         state, weights = self.trainer.state(), self.trainer.weights()
-        if self.main:
-            save_checkpoint(self.config.out, done, self.config, {**state, **self.same, "best": self.best})
+        self.trainer.look(weights, done - 1)
+        if self.main:  # the weights first: a run that is cut off in between writes them again
             save_weights(self.config.out / "last.safetensors", weights, self.config, self.classes, step=done)
+            content = {**state, **self.same, "best": self.best, "scored": self.scored}
+            save_checkpoint(self.config.out, done, self.config, content)
 
     def save_evidence(self, error: Diverged) -> str:
         """What is needed to look at a term that is not finite: the images of its step, and the weights as they are."""
@@ -257,11 +271,15 @@ class Run:
         path = self.config.out / "diverged.pt"
         content = {
             "step": error.step, "term": error.term, "values": error.values, "config": self.config.to_text(),
-            "samples": numbers, "images": [self.samples.name(n) for n in numbers], "model": self.trainer.weights(),
+            "samples": numbers, "images": [self.samples.name(n) for n in numbers],
+            "model": {name: value.cpu() for name, value in self.trainer.weights().items()},
         }  # fmt: skip
         if self.main:
-            with written(path) as part:
-                torch.save(content, part)
+            try:
+                with written(path) as part:
+                    torch.save(content, part)
+            except (OSError, RuntimeError) as failed:
+                return f"train: {error} Its evidence could not be written to {path} ({failed})."
         kept = checkpoints(self.config.out)
         back = f"--resume goes on from {kept[0].name}" if kept else "there is no checkpoint yet"
         return (
@@ -317,6 +335,8 @@ def main() -> int:
         if not isinstance(error, (ValueError, OSError)) and "out of memory" not in str(error):
             raise
         text = str(error).strip().splitlines()
+        if "out of memory" in str(error):
+            text = [*text[:1], "Lower --batch-size or --crop, raise --accumulate, or add --grad-checkpointing."]
         said = text[-1] if text and "DataLoader worker" in text[0] else "\n".join(text)  # what the worker said last
         print(f"train: {said}", file=sys.stderr)
         return 2

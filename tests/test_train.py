@@ -349,6 +349,58 @@ def test_there_is_nothing_to_go_on_from(monkeypatch, capsys, tmp_path):
     assert "--resume: there is no checkpoint in" in capsys.readouterr().err
 
 
+def test_files_of_other_kinds_in_the_folder_are_neither_taken_nor_touched(whole, monkeypatch, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    mine = [out / name for name in ("checkpoint-best.pt", "checkpoint-zzz.pt", ".mine.pt", ".a.b.jsonl", ".writable")]
+    for path in mine:
+        path.write_text("mine")
+    torn = out / ".checkpoint-00000006.ab12_xyz.pt"  # what a kill leaves
+    torn.write_text("half")
+    (out / "checkpoint-00000008.pt").unlink()
+    assert run(monkeypatch, out=out, resume=True) == 0
+    assert all(path.read_text() == "mine" for path in mine) and not torn.exists()
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-00000008.pt", "checkpoint-00000006.pt"]
+    assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
+def test_weights_alone_are_not_overwritten_and_a_log_alone_is_no_run(name, monkeypatch, capsys, tmp_path):
+    (tmp_path / name).write_text("mine")
+    assert run(monkeypatch, out=tmp_path) == 2
+    assert "holds a run" in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).rename(tmp_path / "log.jsonl")  # killed before its first checkpoint
+    assert run(monkeypatch, out=tmp_path, steps=1, val_every=0) == 0
+
+
+def test_a_run_cut_off_between_its_last_two_files_lacks_neither(whole, monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        save = train.save_checkpoint
+        patch.setattr(
+            train, "save_checkpoint", lambda out, step, *rest: full() if step == 8 else save(out, step, *rest)
+        )
+        assert run(patch, out=tmp_path) == 2
+    assert same_weights(tmp_path / "last.safetensors", whole / "last.safetensors")
+    assert checkpoint.checkpoints(tmp_path)[0].name == "checkpoint-00000006.pt"
+    assert run(monkeypatch, out=tmp_path, resume=True) == 0
+    assert same_weights(tmp_path / "last.safetensors", whole / "last.safetensors")
+
+
+def test_the_best_of_other_validation_images_is_forgotten(whole, monkeypatch, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "checkpoint-00000008.pt").unlink()
+    content = torch.load(out / "checkpoint-00000006.pt", weights_only=True)
+    torch.save({**content, "best": 99.0}, out / "checkpoint-00000006.pt")
+    same = {path: shutil.copytree(out, tmp_path / path) for path in ("kept", "other")}
+    before = (out / "best.safetensors").read_bytes()
+    assert run(monkeypatch, out=same["kept"], resume=True) == 0
+    assert (same["kept"] / "best.safetensors").read_bytes() == before
+    assert run(monkeypatch, out=same["other"], resume=True, val_images=2) == 0
+    assert load_weights(same["other"] / "best.safetensors").facts["step"] == 8
+
+
 # What goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +422,23 @@ def poisoned(monkeypatch, at):
         return trainer
 
     monkeypatch.setattr(train, "Trainer", make)
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(monkeypatch, capsys, tmp_path):
+    step = torch.optim.AdamW.step
+
+    def hurt(self, *arguments, **named):
+        step(self, *arguments, **named)
+        for state in self.state.values():
+            if state["step"] == 5:
+                state["exp_avg"].fill_(math.inf)  # no loss sees it before the next step
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", hurt)
+    assert run(monkeypatch, out=tmp_path, log_every=8, val_every=0, seg_start=9, affinity_start=9, save_every=3) == 3
+    assert "is not finite" in capsys.readouterr().err
+    for path in checkpoint.checkpoints(tmp_path):
+        assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["model"].values())
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000003.pt"]
 
 
 @pytest.mark.parametrize("log_every", [1, 4])

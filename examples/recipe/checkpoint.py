@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -47,7 +48,8 @@ def save_checkpoint(out: Path, step: int, config: Config, content: dict[str, Any
 
 def checkpoints(out: Path) -> list[Path]:
     """Those in a folder, the newest first."""
-    return sorted(out.glob("checkpoint-*.pt"), reverse=True)
+    ours = (path for path in out.glob("checkpoint-*.pt") if re.fullmatch(r"checkpoint-\d{8}\.pt", path.name))
+    return sorted(ours, reverse=True)
 
 
 def load_checkpoint(out: Path, config: Config, *, same: dict[str, Any]) -> dict[str, Any]:

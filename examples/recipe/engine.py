@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,8 @@ class Diverged(RuntimeError):
     """A loss term is no longer finite: which, since which step, and the terms where that was seen."""
 
     def __init__(self, term: str, step: int, values: dict[str, float]) -> None:
-        super().__init__(f"step {step}: the loss term `{term}` is not finite. Lower the learning rate.")
+        what = "a weight" if term == "weights" else f"the loss term `{term}`"
+        super().__init__(f"step {step}: {what} is not finite. Lower the learning rate.")
         self.term, self.step, self.values = term, step, values
 
 
@@ -102,6 +103,7 @@ class Trainer:
             self.wrapped = accelerator.prepare_model(self.objective)
         adamw = optimizer(self.model, config.lr, weight_decay=config.weight_decay, head_scale=config.head_scale)
         self.optimizer = accelerator.prepare_optimizer(adamw)
+        self._values = torch.zeros(len(Terms._fields), device=accelerator.device)  # of the last step
         self._first_bad = torch.full((len(Terms._fields),), NEVER, device=accelerator.device)
 
     def total(self, count: Tensor) -> Tensor:
@@ -145,6 +147,7 @@ class Trainer:
                         terms: Terms = self.wrapped(x, y, step=step, max_present=present)
                     self.accelerator.backward(terms.total / config.accumulate)
                 values += torch.stack([term.detach() for term in terms]) / config.accumulate
+            self._values = values
             first = torch.where(torch.isfinite(values), NEVER, step)
             self._first_bad = torch.minimum(self._first_bad, first)
             read = step % config.log_every == 0 or step == config.steps - 1
@@ -210,6 +213,12 @@ class Trainer:
             self.objective.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last or self.ranks == 1 else self.accelerator.no_sync(self.wrapped)
+
+    def look(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Refuse what is not finite: a term of any step so far, or a weight after `step`; every rank must ask."""
+        self._read(self._values)
+        if not all(bool(value.isfinite().all()) for value in weights.values()):
+            raise Diverged("weights", step, {})
 
     def _read(self, values: Tensor) -> dict[str, float]:
         if self.ranks > 1:
