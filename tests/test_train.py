@@ -648,14 +648,28 @@ def test_two_ranks_train_and_score_what_one_does(fsdp, one_rank, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_from_the_checkpoint_of_one(one_rank, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_go_on_from_the_checkpoint_of_one(fsdp, one_rank, tmp_path):
     data, one = one_rank
     out = shutil.copytree(one, tmp_path / "run")
     (out / "checkpoint-00000020.pt").unlink()
-    done = launched(2, 29613, data=data, out=out, resume=True)
+    done = launched(2, 29615 + fsdp, data=data, out=out, resume=True, fsdp=fsdp)
     assert done.returncode == 0, done.stderr[-3000:]
     one_state, two_state = load_file(one / "last.safetensors"), load_file(out / "last.safetensors")
     assert max(float((one_state[name] - two_state[name]).abs().max()) for name in one_state) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_ranks_compute_a_step_in_parts_as_one_does(fsdp, one_rank, monkeypatch, tmp_path):
+    parts = {**RANKED, "data": one_rank[0], "accumulate": 2, "steps": 12, "val_every": 0, "val_split": None}
+    assert run(monkeypatch, "folder", out=tmp_path / "one", **parts) == 0
+    done = launched(2, 29617 + fsdp, out=tmp_path / "two", fsdp=fsdp, **parts)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one_state, two_state = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert max(float((one_state[name] - two_state[name]).abs().max()) for name in one_state) <= 1e-5
+    whole = load_file(one_rank[1] / "last.safetensors")
+    assert (whole["classifier.weight"] - one_state["classifier.weight"]).abs().max() > 1e-4
 
 
 @pytest.mark.slow
