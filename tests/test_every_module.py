@@ -12,6 +12,7 @@ import torch
 from test_framework import TinyEncoder
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -592,6 +593,42 @@ def test_compiled_in_one_graph_it_is_the_same(case):
 @every
 def test_compiled_by_inductor_it_is_the_same(case):
     check_compiled(case, "inductor", {"rtol": 1e-6, "atol": 1e-6})
+
+
+def pretend(x):
+    """The same tensor on a GPU, without values."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+def on_pretended_gpu(part, batch):
+    """Result of a part where an operator that meets tensors of CPU and GPU fails, and so does whatever reads a value.
+
+    Forward alone: autograd wants a real device.
+    """
+    with FakeTensorMode(), torch.autocast("cuda", enabled=False):
+        for module in part.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(pretend(weight)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, pretend(buffer))
+        if isinstance(part.target, partial):
+            part.target = partial(part.target.func, **each(part.target.keywords, pretend))
+        return part(**each(batch, pretend))
+
+
+@every
+def test_all_of_it_moves_to_a_gpu_and_the_host_never_waits(case):
+    result = on_pretended_gpu(case.part(torch.float32), case.batch(torch.float32))
+    assert {x.device.type for x in leaves(result)} == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    ("careless", "error"),
+    [(lambda x: x + torch.ones(3), "same device"), (lambda x: x * float(x.sum()), "_local_scalar_dense")],
+)
+def test_what_stays_behind_or_waits_is_seen(careless, error):
+    with pytest.raises(Exception, match=error):
+        on_pretended_gpu(Part(careless), {"x": torch.ones(3)})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
