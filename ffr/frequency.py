@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ffr import _check
 
 # On a CPU, features beyond _CACHE bytes are taken in blocks of _BLOCK bytes: what lies between two products stays near.
-_CACHE, _BLOCK = 2**23, 2**21
+_CACHE, _BLOCK = 2**22, 2**21
 
 
 class Bands(NamedTuple):
