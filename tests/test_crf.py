@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 import ffr
@@ -67,6 +70,51 @@ def test_heavy_kernels_still_tell_two_likely_labels_apart():
     assert_close(ours.flatten(), torch.tensor([1.0, 0.0]))
     mild = DenseCRF(gaussian_compat=0, bilateral_compat=20, iterations=1)(image, probs)
     assert_close(mild.flatten(), (torch.tensor([0.6, 0.4]).log() + 20 * torch.tensor([0.6, 0.4])).softmax(0))
+
+
+@st.composite
+def problems(draw):
+    """An image and probabilities of any size and number of labels, no pixel without doubt; a CRF of any weights."""
+    height, width, labels = (draw(st.integers(1, most)) for most in (7, 9, 5))
+    seed = draw(st.integers(0, 2**16))
+    image = (uniform(3, height, width, seed=seed) * 255).to(torch.uint8)
+    probs = 0.1 + uniform(labels, height, width, seed=seed + 1, dtype=torch.float64)
+    sigmas, weights = st.floats(0.5, 40), st.floats(0, 12)
+    crf = DenseCRF(*(draw(x) for x in (sigmas, weights, sigmas, sigmas, weights)), draw(st.integers(0, 4)))
+    return crf, image, probs, seed
+
+
+@given(problems())
+def test_any_problem_gives_probabilities(problem):
+    crf, image, probs, _ = problem
+    result = crf(image, probs)
+    assert result.shape == probs.shape
+    assert (result >= 0).all()
+    assert_close(result.sum(0), torch.ones_like(result[0]))
+
+
+@given(problems())
+def test_labels_are_all_alike_to_it(problem):
+    crf, image, probs, seed = problem
+    order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(seed))
+    assert_close(crf(image, probs[order]), crf(image, probs)[order])
+    even = crf(image, torch.ones_like(probs))
+    assert_close(even, torch.full_like(even, 1 / len(even)))
+
+
+@given(problems(), st.floats(0.5, 20))
+def test_what_the_probabilities_of_a_pixel_sum_to_does_not_matter(problem, factor):
+    crf, image, probs, seed = problem
+    wanted = crf(image, probs)
+    assert_close(crf(image, probs * factor), wanted)
+    assert_close(crf(image, probs * (0.5 + uniform(*probs.shape[1:], seed=seed + 2).double())), wanted)
+
+
+def test_on_a_pretended_gpu_nothing_stays_behind_and_no_round_waits():
+    """The one thing the host reads is whether the input is finite, which `forward` asks first."""
+    with FakeTensorMode():
+        image = torch.empty(3, 12, 17, dtype=torch.uint8, device="cuda")
+        assert DenseCRF()._mean_field(image, torch.empty(5, 12, 17, device="cuda")).device.type == "cuda"
 
 
 def test_the_defaults_are_those_of_the_recipe():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import no_host_sync
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -65,6 +67,40 @@ def test_the_gradient_is_that_of_finite_differences_with_the_gate_held():
         up, down = (held(logits + s * v, label, images, roi, gate, sigma_rgb=30.0)[0] for s in (step, -step))
         wanted = (up - down) / (2 * step)
         assert abs((slope * v).sum() - wanted) <= 1e-3 * abs(wanted)
+
+
+@st.composite
+def problems(draw):
+    """Logits, label, images and region of any size, and the other arguments."""
+    height, width, labels, images = (draw(st.integers(1, most)) for most in (9, 11, 5, 2))
+    seed = draw(st.integers(0, 2**16))
+    label = torch.randint(labels + 1, (images, height, width), generator=torch.Generator().manual_seed(seed))
+    settings = {
+        "label": label.where(label < labels, 255),
+        "images": normal(images, 3, height, width, seed=seed + 1).sigmoid(),
+        "roi": normal(images, height, width, seed=seed + 2).sigmoid().round(decimals=1),
+        "weight": draw(st.floats(1e-9, 10)), "sigma_rgb": draw(st.floats(2, 60)), "sigma_xy": draw(st.floats(2, 100)),
+        "scale": draw(st.sampled_from([0.5, 1.0])),
+    }  # fmt: skip
+    return normal(images, labels, height, width, seed=seed + 3), settings, seed
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@given(problem=problems())
+def test_it_falls_where_alike_pixels_agree_and_labels_are_all_alike_to_it(exact, problem):
+    logits, settings, seed = problem
+    x = logits.clone().requires_grad_()
+    value = dense_energy_loss(x, exact_gradient=exact, **settings)
+    (slope,) = torch.autograd.grad(value, x)
+    assert value <= 0  # so that training seeks agreement
+    assert_close(slope.sum(1), torch.zeros_like(slope[:, 0]))  # only differences between logits count
+    assert_close(dense_energy_loss(logits + 3, exact_gradient=exact, **settings), value.detach())
+    order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(seed))
+    names = torch.cat([order.argsort(), order.new_full((256 - len(order),), 255)])
+    turned = {**settings, "label": names[settings["label"]]}
+    assert_close(dense_energy_loss(logits[:, order], exact_gradient=exact, **turned), value.detach())
+    twice = {**settings, "weight": 2 * settings["weight"]}
+    assert_close(dense_energy_loss(logits, exact_gradient=exact, **twice), 2 * value.detach())
 
 
 def test_the_approximation_is_twice_the_gated_filter_and_another_gradient():

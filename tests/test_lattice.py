@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import no_host_sync
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 from ffr.lattice import PermutohedralLattice, image_features, position_lattice
@@ -156,6 +157,12 @@ def test_uncounted_it_is_the_same_and_the_host_reads_nothing(seed, d, normalize,
         ours = lattice(values)
     assert_close(ours, wanted(values))
     assert lattice.points == 40 * (d + 1) >= wanted.points
+
+
+def test_on_a_pretended_gpu_nothing_stays_behind_and_the_host_reads_nothing():
+    with FakeTensorMode():
+        lattice = PermutohedralLattice(torch.empty(40, 5, device="cuda"), exact_adjoint=True)
+        assert lattice(torch.empty(40, 3, device="cuda")).device.type == "cuda"
 
 
 @given(seeds, dimensions)
