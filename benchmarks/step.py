@@ -127,8 +127,11 @@ def make_parts(arguments: Arguments, loss: FFRLoss, precision: str) -> dict[str,
     images, labels = make_batch(arguments)
     given = {"labels": labels, "max_present": arguments.present}
 
-    def cams(fn: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
-        return multi_scale_cam(fn, images, scales=loss.scales, flip=loss.flip, **given)
+    def cams(kinds: int) -> tuple[Tensor, ...]:
+        def raw(pixels: Tensor) -> tuple[Tensor, ...]:
+            return model.cams(pixels)[:kinds]
+
+        return multi_scale_cam(raw, images, scales=loss.scales, flip=loss.flip, raw=at_hand[:kinds], **given)
 
     def pseudo(*maps: Tensor) -> tuple[Tensor, ...]:
         return refine_label(images, maps, high=loss.high, low=loss.low, refinement=loss.refinement, **given)
@@ -150,7 +153,8 @@ def make_parts(arguments: Arguments, loss: FFRLoss, precision: str) -> dict[str,
         return (found.vectors,)
 
     with autocast(arguments, precision):
-        cam, inter = cams(model.cams)
+        at_hand = model.cams(images)  # in a step they come from the training forward
+        cam, inter = cams(2)
         label, label_inter = pseudo(cam, inter)
         final, intermediate, _ = model.encode(images)
         low, high = model.frequency(final)
@@ -161,8 +165,8 @@ def make_parts(arguments: Arguments, loss: FFRLoss, precision: str) -> dict[str,
     for tensor in (final, intermediate, low, high, logits, logits_high):
         tensor.requires_grad_()
     return {
-        "multi-scale CAM, final": Part(lambda: cams(lambda pixels: model.cams(pixels)[:1])),
-        "multi-scale CAM, intermediate": Part(lambda: cams(model.cams), besides="multi-scale CAM, final"),
+        "multi-scale CAM, final": Part(lambda: cams(1)),
+        "multi-scale CAM, intermediate": Part(lambda: cams(2), besides="multi-scale CAM, final"),
         "encoder": Part(lambda: model.encode(images)[:2], ()),
         "classifiers and their losses": Part(lambda: classify(final, intermediate), (final, intermediate)),
         "pseudo label, final": Part(lambda: pseudo(cam)),

@@ -146,6 +146,8 @@ class Run:
                 raise ValueError(f"--val-split: {config.val_split} has other classes than {config.train_split}.")
             if not self.examples.scored():
                 raise ValueError(f"--val-split: no image of {config.val_split} has a mask. Add --val-split None.")
+            if not self.examples.scored(config.val_images):
+                raise ValueError(f"--val-images: none of the first {config.val_images} has a mask. Raise it.")
         self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
         self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
         self.scored = [config.val_split, config.val_images]
@@ -221,10 +223,9 @@ class Run:
             limit=config.val_images,
             workers=config.workers,
         )
-        if scores["seg_miou"] is None:
-            raise ValueError(f"--val-images: none of the first {config.val_images} has a mask. Raise it.")
-        better = scores["seg_miou"] > self.best
-        self.best = max(self.best, scores["seg_miou"])
+        reached = -1.0 if scores["seg_miou"] is None else scores["seg_miou"]  # None: every mask is broken
+        better = reached > self.best
+        self.best = max(self.best, reached)
         weights = self.trainer.weights() if better else {}
         if self.log is not None:
             self.log.write(done, "val", scores)

@@ -137,6 +137,7 @@ def multi_scale_cam(
     flip: bool = True,
     labels: Tensor | None = None,
     max_present: int | None = None,
+    raw: Maps | None = None,
 ) -> Maps:
     """The lineage's multi-scale, flipped CAM.
 
@@ -153,6 +154,8 @@ def multi_scale_cam(
         labels: multi-hot ``(B, K)``; left out, every class counts as present.
         max_present: an upper bound of the classes present in one image, known on the host. Maps of absent
             classes are then never up-sampled.
+        raw: what `fn` gives for the images as they are, where it is at hand: a training step has it from its forward
+            pass. At scale 1 `fn` then sees the mirror image alone, or nothing.
 
     Returns:
         ``(B, K, H, W)`` in [0, 1], or a tuple of them, in the form that `fn` returns; in the wider of the precisions
@@ -177,6 +180,8 @@ def multi_scale_cam(
     if max_present is not None and labels is None:
         raise ValueError(f"{owner}: `max_present` needs `labels`. Pass labels of shape (B, K).")
     height, width, batch = sizes["H"], sizes["W"], sizes["B"]
+    for maps in () if raw is None else _each(raw)[1]:
+        _check.bind(owner, sizes={"B": batch}, raw=(maps, "B K h w"))
     single = False
     totals: list[Tensor] = []
     dtypes: list[torch.dtype] = []
@@ -195,9 +200,13 @@ def multi_scale_cam(
             scaled = pixels
             if size != (height, width):
                 scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-            result = fn(torch.cat([scaled, scaled.flip(3)]) if flip else scaled)
-            single = isinstance(result, Tensor)
-            for index, maps in enumerate((result,) if isinstance(result, Tensor) else result):
+            if raw is None or size != (height, width):
+                single, found = _each(fn(torch.cat([scaled, scaled.flip(3)]) if flip else scaled))
+            else:
+                single, found = _each(raw)
+                if flip:
+                    found = tuple(map(torch.cat, zip(found, _each(fn(scaled.flip(3)))[1], strict=True)))
+            for index, maps in enumerate(found):
                 expected = {"B": 2 * batch if flip else batch}
                 if labels is not None:
                     expected["K"] = labels.shape[1]
@@ -216,6 +225,11 @@ def multi_scale_cam(
                     totals[index] += maps.relu()
         cams = tuple(_finish(total, labels, ids).to(kept) for total, kept in zip(totals, dtypes, strict=True))
     return cams[0] if single else cams  # type: ignore[return-value]
+
+
+def _each(maps: Maps) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether it is one tensor, and the tensors."""
+    return (True, (maps,)) if isinstance(maps, Tensor) else (False, maps)
 
 
 def _finish(total: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:

@@ -221,12 +221,13 @@ class FFR(nn.Module):
             mask=mask,
         )
 
-    def cams(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def cams(self, images: Tensor, *, features: Features | None = None) -> tuple[Tensor, Tensor]:
         """Raw final and intermediate CAM, ``(B, K, h, w)`` each, for `ffr.cam.multi_scale_cam`.
 
         Where the image is not a whole number of patches they come at the image's size instead, padding cut off.
+        `features` are those of the images, from `encode`, where they are at hand.
         """
-        features = self.encode(images)
+        features = features or self.encode(images)
         height, width = images.shape[2:]
         patch = self.encoder.patch_size
         raw = self.classifier.cam(features.final), self.intermediate_classifier.cam(features.intermediate)

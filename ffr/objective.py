@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ffr import _check
 from ffr.cam import cam_to_label, multi_scale_cam, to_image
+from ffr.encoder import Features
 from ffr.framework import FFR
 from ffr.losses import AffinityLoss, DenseEnergyLoss, SegmentationLoss
 from ffr.prototypes import ClassPrototypes
@@ -154,11 +155,20 @@ class FFRLoss(nn.Module):
         heads_on = seg_on or energy_on
         rect_on = started and self.lambda_l > 0
         aff_on = step >= self.affinity_start and self.w_aff > 0
-        if heads_on or aff_on:
-            cam, cam_inter = multi_scale_cam(
-                model.cams, images, scales=self.scales, flip=self.flip, labels=labels, max_present=max_present
-            )
         final, intermediate, mask = model.encode(images)
+        if heads_on or aff_on:
+            # The encoder has just seen the images at scale 1. Its features are detached, but there is no `no_grad` here:
+            # autocast would keep casts of the classifiers' weights without a graph.
+            features = Features(final.detach(), intermediate.detach(), mask)
+            cam, cam_inter = multi_scale_cam(
+                model.cams,
+                images,
+                scales=self.scales,
+                flip=self.flip,
+                labels=labels,
+                max_present=max_present,
+                raw=model.cams(images, features=features),
+            )
         exact = torch.promote_types(final.dtype, torch.float32)
         target = (labels > 0.5).to(exact)
         logits = model.classifier(final, mask=mask)

@@ -237,6 +237,28 @@ def test_the_multi_scale_cam_is_that_of_the_loops(seed, height, width, scales, f
     assert_close(cam, torch.from_numpy(want), rtol=0, atol=1e-9)
 
 
+@given(seeds, st.permutations([0.5, 1.0, 1.5]), st.booleans(), st.booleans(), st.sampled_from([None, 4]))
+def test_raw_maps_at_hand_give_the_same_and_are_not_made_again(seed, scales, flip, pair, bound):
+    images, labels = noise(seed, 2, 3, 9, 13).sigmoid(), some_labels(seed, 2, 4)
+    one, other = convolution(seed, classes=4), convolution(seed + 1, classes=4)
+    asked = []
+
+    def fn(x):
+        asked.append(x)
+        return (one(x), other(x)) if pair else one(x)
+
+    given_raw = fn(images)
+    settings = {"scales": scales, "flip": flip, "labels": labels, "max_present": bound}
+    wanted = multi_scale_cam(fn, images, **settings)
+    asked.clear()
+    ours = multi_scale_cam(fn, images, raw=given_raw, **settings)
+    for maps, others in zip(ours, wanted, strict=True) if pair else ((ours, wanted),):
+        assert_close(maps, others, rtol=0, atol=1e-12)
+    seen = [x for x in asked if x.shape[2:] == images.shape[2:]]
+    assert len(asked) == (3 if flip else 2)
+    assert [x.flip(3).equal(images) for x in seen] == [True] * flip
+
+
 @given(seeds)
 def test_a_mirrored_image_gives_the_mirrored_cam(seed):
     images, raw = noise(seed, 2, 3, 12, 17).sigmoid(), convolution(seed)
@@ -411,6 +433,7 @@ def test_an_image_of_one_pixel_has_a_flat_cam():
         ((2, 3, 8, 8), {"scales": (1.0, 0.0)}, "multi_scale_cam: expected `scales` in [0.001, 100], got 0.0."),
         ((2, 3, 8, 8), {"scales": (-1.0,)}, "multi_scale_cam: expected `scales` in [0.001, 100], got -1.0."),
         ((2, 3, 8, 8), {"max_present": 2}, "multi_scale_cam: `max_present` needs `labels`. Pass labels"),
+        ((2, 3, 8, 8), {"raw": torch.rand(1, 4, 2, 2)}, "expected `raw` of shape (B=2, K, h, w), got (1, 4, 2, 2)."),
         ((2, 3, 8, 8), {"labels": torch.ones(3, 3)}, "expected `labels` of shape (B=2, K), got (3, 3)."),
         ((2, 3, 8, 8), {"labels": torch.ones(2, 4)}, "`fn`: expected `maps` of shape (B=4, K=4, h, w), got (4, 3"),
         ((2, 3, 8, 8), {"labels": torch.ones(2, 3), "max_present": 4}, "expected `max_present` in [0, 3], got 4."),

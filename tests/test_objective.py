@@ -508,7 +508,7 @@ def test_some_steps_of_training_lower_the_total():
 
 @pytest.mark.parametrize(("flip", "times"), [(True, 2), (False, 1)])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_cam_comes_before_the_training_forward_without_gradient_in_the_same_mode(flip, times, training):
+def test_the_cam_takes_scale_1_from_the_training_forward_the_rest_without_gradient(flip, times, training):
     class Telling(TinyEncoder):
         calls = ()
 
@@ -519,8 +519,8 @@ def test_the_cam_comes_before_the_training_forward_without_gradient_in_the_same_
     images, labels = batch()
     loss = objective(encoder=Telling, flip=flip).train(training)
     loss(images, labels, step=0)
-    sizes = [(2 * times, 3, 32, 48), (2 * times, 3, 16, 24), (2 * times, 3, 48, 72)]
-    assert loss.model.encoder.calls == (*((training, False, size) for size in sizes), (training, True, (2, 3, 32, 48)))
+    sizes = [(2, 3, 32, 48)] * flip + [(2 * times, 3, 16, 24), (2 * times, 3, 48, 72)]
+    assert loss.model.encoder.calls == ((training, True, (2, 3, 32, 48)), *((training, False, size) for size in sizes))
     assert loss.training is loss.model.training is training
 
 

@@ -396,9 +396,9 @@ class EvalImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.split.items)
 
-    def scored(self) -> int:
-        """How many images have a mask."""
-        return sum(item.mask is not None for item in self.split.items)
+    def scored(self, limit: int | None = None) -> int:
+        """How many images have a mask, of all or of the first `limit`."""
+        return sum(item.mask is not None for item in self.split.items[:limit])
 
     def name(self, index: int) -> str:
         """Of an image, for a message."""
@@ -418,9 +418,9 @@ class SceneExamples(Dataset[Example]):
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
 
-    def scored(self) -> int:
-        """How many images have a mask."""
-        return len(self)
+    def scored(self, limit: int | None = None) -> int:
+        """How many images have a mask, of all or of the first `limit`."""
+        return len(self) if limit is None else min(limit, len(self))
 
     def __len__(self) -> int:
         return len(self.scenes.images)
