@@ -157,8 +157,8 @@ class FFRLoss(nn.Module):
         aff_on = step >= self.affinity_start and self.w_aff > 0
         final, intermediate, mask = model.encode(images)
         if heads_on or aff_on:
-            # The encoder has just seen the images at scale 1. Its features are detached, but there is no `no_grad` here:
-            # autocast would keep casts of the classifiers' weights without a graph.
+            # The encoder has just seen the images at scale 1. Detached features, and not `no_grad`, for then autocast
+            # would keep casts of the classifiers' weights without a graph.
             features = Features(final.detach(), intermediate.detach(), mask)
             cam, cam_inter = multi_scale_cam(
                 model.cams,
