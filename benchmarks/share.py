@@ -18,8 +18,10 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import quickstart
+from recipe.config import SCENES, build_objective
 from recipe.engine import optimizer
+from recipe.network import build_model
+from recipe.scenes import CLASSES
 
 from ffr import FrequencyRectification
 from ffr.prototypes import class_prototypes
@@ -40,11 +42,11 @@ class Arguments:
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """Each part: its share of the time of a step."""
     device = arguments.device
-    objective = quickstart.build(quickstart.Settings(device=device)).train()
-    model, batch = objective.model, quickstart.TRAINING["batch_size"]
-    adamw = optimizer(model, 1e-4, weight_decay=0.05, head_scale=4.0)
+    model = build_model(SCENES, len(CLASSES)).to(device)
+    objective = build_objective(SCENES, model).train()
+    adamw = optimizer(model, 1e-4, weight_decay=SCENES.weight_decay, head_scale=SCENES.head_scale)
     generator = torch.Generator().manual_seed(0)
-    size, classes = quickstart.Settings().size, model.num_classes
+    batch, size, classes = SCENES.batch_size, SCENES.crop, model.num_classes
     images = torch.rand(batch, 3, size, size, generator=generator).to(device)
     labels = torch.zeros(batch, classes)
     for label in labels:  # a scene has one or two classes
@@ -108,7 +110,7 @@ def main() -> int:
     rows = measure(arguments)
     note = (
         f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s), batch "
-        f"{quickstart.TRAINING['batch_size']}, 16 x 16 tokens of 64 channels; {arguments.rounds} interleaved rounds, "
+        f"{SCENES.batch_size}, 16 x 16 tokens of 64 channels; {arguments.rounds} interleaved rounds, "
         "median and quartiles. Forward and backward, each part alone; all four in one call of FrequencyRectification."
     )
     cells = [(row["part"], harness.Ratio(**row["percent_of_step"])) for row in rows]

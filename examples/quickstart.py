@@ -3,46 +3,42 @@
     python examples/quickstart.py
     python examples/quickstart.py --steps 1200 --seed 1 --device cuda --out runs/longer
 
-Prints one table and writes quickstart.png and quickstart.json. Edit the constants below and run it again.
+Prints one table and writes quickstart.png and quickstart.json. Settings are those of `train.py scenes`, in
+recipe/config.py: edit them and run it again.
 """
 
 import json
-import platform
+import math
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 try:
     import matplotlib
-    import timm
     import torch
-    import torchvision
     import tyro
+    from accelerate import Accelerator
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
     sys.exit(f"quickstart needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
-from recipe.data import SceneExamples
-from recipe.engine import Diverged, train
+from recipe.config import PRESETS, Config, on_cpu
+from recipe.data import SceneExamples, SceneImages
+from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, evaluate
 from recipe.files import written
-from recipe.network import small_ffr
 from recipe.picture import save_picture, steps_of
 from recipe.progress import progress
 from recipe.scenes import CLASSES, Scenes, make_scenes
+from recipe.weights import versions
 
-import ffr
-from ffr import FFR, FFRLoss, PixelAdaptiveRefinement
+from ffr import FFR
 
 SCENES = {"train": 5000, "val": 200, "test": 500}
-TRAINING = {"batch_size": 16, "lr": 2e-3, "weight_decay": 0.05, "head_scale": 4.0, "warmup": 0.1}
-# From scratch the CAMs are peaked, so the thresholds of the pseudo labels are far below the recipe's .7 / .25; they
-# were chosen on validation scenes, on the classifier before any other loss counts, for both models alike.
-OBJECTIVE: dict[str, Any] = {"high": 0.1, "low": 0.02, "w_seg": 0.3, "w_reg": 0.0, "scales": (1.0,), "flip": False}
-START = 0.4  # share of the steps after which the segmentation, affinity and rectification losses count
-DILATIONS = (1, 2, 4, 8)  # of the refinement: the scenes are small
+START, WARMUP = 0.4, 0.1  # shares of the steps: before the losses other than classification count, and of the warm-up
 WITHOUT = {"lambda_h": 0.0, "lambda_l": 0.0}  # the baseline: neither the high-band head nor the rectification
 ROWS = {"all_background": "all background", "untrained": "untrained", "baseline": "baseline", "ffr": "FFR"}
 COLUMNS = {
@@ -78,8 +74,8 @@ class Settings:
     """decides the first weights, the scenes and the order of the data"""
     size: int = 64
     """side of the scenes in pixels, a multiple of 4 from 64 (a grid of 16 x 16 tokens) to 448"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to compute"""
     out: Path = Path("runs/quickstart")
     """folder for quickstart.png and quickstart.json"""
 
@@ -94,20 +90,43 @@ class Settings:
         for path in (self.out, *self.out.parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
-        try:
-            torch.zeros(1, device=self.device).item()  # "meta" makes tensors, but none that can be read
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).partition("\n")[0]
-            raise ValueError(f"--device: {self.device!r} cannot be used here ({said}). Try --device cpu.") from error
+        on_cpu(self.device, "fp32")
 
 
-def build(settings: Settings, **weights: float) -> FFRLoss:
-    """Network and objective, the same first weights at every call."""
-    torch.manual_seed(settings.seed)
-    model = small_ffr(len(CLASSES), settings.size).to(settings.device)
+def configure(settings: Settings, **weights: float) -> Config:
+    """The settings of `train.py scenes` for this number of steps, size and seed."""
+    _, scenes = PRESETS["scenes"]
     start = int(START * settings.steps)
-    refinement = PixelAdaptiveRefinement(DILATIONS)
-    return FFRLoss(model, start=start, affinity_start=start, refinement=refinement, **OBJECTIVE, **weights)
+    return replace(
+        scenes,
+        steps=settings.steps,
+        seg_start=start,
+        affinity_start=start,
+        warmup=math.ceil(WARMUP * settings.steps),
+        crop=settings.size,
+        seed=settings.seed,
+        device=settings.device,
+        log_every=10,
+        **weights,
+    )
+
+
+def build(config: Config, scenes: Scenes) -> Trainer:
+    """Network, objective and data, the same first weights and the same images at every call."""
+    accelerator = Accelerator(cpu=on_cpu(config.device, config.precision))
+    return Trainer(config, SceneImages(scenes, config.batch_size, config.seed), len(CLASSES), accelerator)
+
+
+def train(trainer: Trainer, name: str, console: Console) -> float:
+    """All steps; images per second, measured over the whole loop, augmentation included."""
+    config = trainer.config
+    bar, report = progress(console, name, config.steps)
+    begin = time.perf_counter()
+    with bar:
+        for done, values in trainer.run():  # the last step is read as well, for which the host waits
+            if values is not None:
+                report(done, {key: value for key, value in values.items() if key != "lr"})
+    return config.steps * config.batch_size / (time.perf_counter() - begin)
 
 
 def score(model: FFR, val: Scenes, test: Scenes, device: str) -> dict[str, float | None]:
@@ -130,26 +149,17 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     console.print(f"Composing {sum(SCENES.values())} scenes of {settings.size} px ...")
     data = {split: make_scenes(split, count, settings.size, settings.seed) for split, count in SCENES.items()}
     val, test, device = data["val"], data["test"], settings.device
-    untrained = score(build(settings).model, val, test, device)
-    rows = {"all_background": all_background(test), "untrained": untrained}
+    rows: dict[str, dict[str, float | None]] = {"all_background": all_background(test)}
     for row, weights in (("baseline", WITHOUT), ("ffr", {})):
-        objective = build(settings, **weights)
-        bar, report = progress(console, ROWS[row], settings.steps)
-        with bar:
-            speed = train(
-                objective,
-                data["train"],
-                steps=settings.steps,
-                seed=settings.seed,
-                device=device,
-                report=report,
-                **TRAINING,
-            )
-        rows[row] = {**score(objective.model, val, test, device), "images_per_second": speed}
+        trainer = build(configure(settings, **weights), data["train"])
+        if "untrained" not in rows:
+            rows["untrained"] = score(trainer.model, val, test, device)
+        speed = train(trainer, ROWS[row], console)
+        rows[row] = {**score(trainer.model, val, test, device), "images_per_second": speed}
     console.print(table(rows))
     for line in NOTES:
         console.print(f"- {line}", soft_wrap=True)
-    return {"rows": rows, "objective": objective, "test": test}
+    return {"rows": rows, "trainer": trainer, "test": test}
 
 
 def table(rows: dict[str, dict[str, float | None]]) -> Table:
@@ -166,8 +176,8 @@ def table(rows: dict[str, dict[str, float | None]]) -> Table:
 
 def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
     """Write picture and figures, each whole or not at all."""
-    objective: FFRLoss = result["objective"]
-    test: Scenes = result["test"]
+    trainer: Trainer = result["trainer"]
+    objective, test = trainer.objective, result["test"]
     several = (test.labels.sum(1) == 2).nonzero().flatten()[:EXAMPLES]
     images, masks, labels = (part[several] for part in test)
     model = objective.model.eval()
@@ -184,8 +194,6 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
     title = f"FFR on test scenes after {settings.steps} steps from image-level labels alone, one row per class"
     with written(picture) as path:
         save_picture(path, images, masks, labels, shown, CLASSES, mu=model.frequency.mu, title=title)
-    packages = {"python": platform.python_version(), "ffr": ffr.__version__}
-    packages |= {module.__name__: module.__version__ for module in (torch, torchvision, timm, matplotlib)}
     record = {
         "rows": result["rows"],
         "measured": NOTES,
@@ -193,12 +201,11 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
             **{key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
             "scenes": SCENES,
             "classes": CLASSES,
-            "training": TRAINING,
-            "objective": {**OBJECTIVE, "start": objective.start, "mu": model.frequency.mu, "dilations": DILATIONS},
+            "training": trainer.config.to_json(),
             "baseline": WITHOUT,
         },
         "seed": settings.seed,
-        "versions": packages,
+        "versions": {**versions(), "matplotlib": matplotlib.__version__},
         "threads": torch.get_num_threads(),
     }
     with written(figures) as path:

@@ -128,13 +128,13 @@ def test_the_operations_of_attention_are_counted_on_every_device():
 
 
 def test_the_operations_are_counted_without_computing(tmp_path, monkeypatch, capsys):
-    """The step of the method, as its design counts it by hand: about 7.0 TFLOP, 0.2 of it the two heads."""
+    """By hand: 7.0 TFLOP, 0.2 of it the two heads, less 0.6 that the CAM takes from the training forward."""
     out = tmp_path / "count.json"
     monkeypatch.setattr(sys, "argv", ["step.py", "--count", "--out", str(out)])
     assert step.main() == 0
     found = {row["part"]: row["tera_flop"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
-    assert found["whole step"] == pytest.approx(7.0, abs=0.05)
-    assert found["multi-scale CAM, final"] == pytest.approx(4.9, abs=0.05)
+    assert found["whole step"] == pytest.approx(6.36, abs=0.05)
+    assert found["multi-scale CAM, final"] == pytest.approx(4.24, abs=0.05)
     assert found["segmentation head"] + found["FFR: second head"] == pytest.approx(0.2, abs=0.05)
     assert sum(found.values()) == pytest.approx(2 * found["whole step"], rel=1e-3)
     assert "Operations of a training step" in capsys.readouterr().out

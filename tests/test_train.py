@@ -26,6 +26,7 @@ from recipe.data import Item, TrainImages, read_split, write_split
 from recipe.engine import Trainer
 from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import fill, load_weights, save_weights
+from rich.console import Console
 from safetensors.torch import load_file
 
 from ffr.draw import save_label
@@ -198,18 +199,17 @@ def test_weights_know_their_network_and_what_they_scored(whole):
 
 def test_it_trains_what_the_quickstart_trains(monkeypatch, tmp_path):
     import quickstart
-    from recipe import engine
 
-    settings = quickstart.Settings(steps=5)
-    objective = quickstart.build(settings)
-    engine.train(objective, make_scenes("train", 16, 64), steps=5, seed=0, device="cpu", **quickstart.TRAINING)
+    config = quickstart.configure(quickstart.Settings(steps=5))
+    trainer = quickstart.build(config, make_scenes("train", 16, 64))
+    quickstart.train(trainer, "FFR", Console(quiet=True))
     code = run(
-        monkeypatch, out=tmp_path / "run", steps=5, batch_size=quickstart.TRAINING["batch_size"], warmup=1,
-        seg_start=objective.start, affinity_start=objective.affinity_start, val_every=0,
+        monkeypatch, out=tmp_path / "run", steps=5, batch_size=config.batch_size, warmup=1, seg_start=2,
+        affinity_start=2, val_every=0,
     )  # fmt: skip
     ours = load_weights(tmp_path / "run" / "last.safetensors").model.state_dict()
     assert code == 0
-    assert all(torch.equal(ours[name], value) for name, value in objective.model.state_dict().items())
+    assert all(torch.equal(ours[name], value) for name, value in trainer.model.state_dict().items())
 
 
 def test_a_step_in_parts_is_the_step_where_nothing_is_normalised_over_the_batch(monkeypatch, tmp_path):

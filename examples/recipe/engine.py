@@ -1,8 +1,6 @@
 """What every training run needs: optimiser, schedule, the loop."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +16,6 @@ from ffr.objective import Terms
 from recipe.config import Config, build_objective
 from recipe.data import SceneImages, TrainImages, mixed, samples
 from recipe.network import build_model
-from recipe.scenes import Scenes
 
 NEVER = 2**53  # a step that no run reaches, and a float64 holds
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -246,53 +243,3 @@ def _shard(objective: FFRLoss, accelerator: Accelerator) -> nn.Module:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return objective
-
-
-def train(
-    objective: FFRLoss,
-    scenes: Scenes,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    device: str,
-    weight_decay: float = 0.05,
-    head_scale: float = 4.0,
-    warmup: float = 0.1,
-    clip: float = 1.0,
-    log_every: int = 10,
-    report: Callable[[int, dict[str, float]], None] | None = None,
-) -> float:
-    """Train in place and return images per second, measured over the whole loop, augmentation included."""
-    model = objective.model
-    adamw = optimizer(model, lr, weight_decay=weight_decay, head_scale=head_scale)
-    objective.train()
-    begin = time.perf_counter()
-    drawn = SceneImages(scenes, batch_size, seed)
-    for step in range(steps):
-        images, labels = drawn.batch(step)
-        now = learning_rate(step, steps, math.ceil(warmup * steps), lr)
-        for group in adamw.param_groups:
-            group["lr"] = now * group["scale"]
-        present = max(1, int(labels.sum(1).max()))  # still on the CPU: costs no synchronisation
-        terms = objective(images.to(device), labels.to(device), step=step, max_present=present)
-        adamw.zero_grad(set_to_none=True)
-        terms.total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        adamw.step()
-        if step % log_every == 0 or step == steps - 1:
-            values = _finite(terms, step)
-            if report is not None:
-                report(step + 1, values)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return steps * batch_size / (time.perf_counter() - begin)
-
-
-def _finite(terms: Terms, step: int) -> dict[str, float]:
-    values = {name: float(value.detach()) for name, value in zip(terms._fields, terms, strict=True)}
-    for name in (*terms._fields[1:], "total"):
-        if not math.isfinite(values[name]):
-            raise Diverged(name, step, values)
-    return values
