@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ def run(settings: Settings, console: Console) -> int:
     """Score, print, write; 1 if an image was left out."""
     settings.check()
     cpu = on_cpu(settings.device, settings.precision)
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))  # ranks meet at the end, and a CRF may take hours
     trained = load_weights(settings.weights, state.device)
     protocols = settings.protocols(trained)
     dataset, folder = open_data(settings, trained)

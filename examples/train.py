@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 try:
     import torch
     import tyro
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from rich.console import Console
 except ImportError as error:
     sys.exit(f"train needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
@@ -36,7 +37,7 @@ from recipe.checkpoint import checkpoints, fingerprint, load_checkpoint, save_ch
 from recipe.config import PRESETS, Config, on_cpu
 from recipe.data import evaluation_data, training_data
 from recipe.engine import Diverged, Trainer
-from recipe.evaluation import Protocol, evaluate
+from recipe.evaluation import Protocol, computing, evaluate
 from recipe.files import written
 from recipe.progress import progress
 from recipe.weights import save_weights, versions
@@ -48,13 +49,14 @@ WEIGHTS = ("last.safetensors", "best.safetensors")
 PARTS = (
     r"\.(checkpoint-\d{8}|last|best|log|diverged)\.\w{8}\.(pt|safetensors|jsonl)"  # what `written` leaves when killed
 )
+SCORED = ("val", "high_band_share")  # lines of a validation
 LOOKED_AT = 16  # images of the validation split whose features are split into bands
 
 
 class Log:
     """Lines of JSON, and the same numbers for TensorBoard; only rank 0 has one."""
 
-    def __init__(self, out: Path, start: int) -> None:
+    def __init__(self, out: Path, start: int, *, owed: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, which a refused run should not wait for
 
         path = out / LOG
@@ -62,7 +64,9 @@ class Log:
         if start and path.is_file():  # what was logged after the checkpoint happens again
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line that a kill cut off
-                    if json.loads(line).get("step", 0) <= start:
+                    said = json.loads(line)
+                    again = owed and said.get("step") == start and said.get("kind") in SCORED
+                    if said.get("step", 0) <= start and not again:
                         kept.append(line + "\n")
         with written(path) as part:
             part.write_text("".join(kept), encoding="utf-8")
@@ -87,8 +91,10 @@ def place(config: Config) -> Accelerator:
     return Accelerator(
         cpu=on_cpu(config.device, config.precision),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
-        # Before its start the segmentation head gets no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),  # before its start the head gets no gradient
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the first rank may write to a slow disk meanwhile
+        ],
     )
 
 
@@ -151,7 +157,7 @@ class Run:
         self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
         self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
         self.scored = [config.val_split, config.val_images]
-        self.start, self.best = 0, -1.0
+        self.start, self.best, self.owed = 0, -1.0, False
         self.log: Log | None = None
 
     def resume(self) -> None:
@@ -161,19 +167,22 @@ class Run:
         self.start = content["step"]
         if content["scored"] == self.scored:  # else the best so far is of other images
             self.best = content["best"]
+        self.owed = content["owed"] and self.examples is not None
         self.say(f"going on from step {self.start}")
 
     def train(self) -> int:
         """All steps; 0, or the exit code of what stopped them."""
         config, done = self.config, self.start
         if self.main:
-            self.log = Log(config.out, self.start)
+            self.log = Log(config.out, self.start, owed=self.owed)
             about = {"config": config.to_json(), "versions": versions(), "ranks": self.accelerator.num_processes}
             self.log.write(done, "run", {**about, "device": self._device(), "classes": self.classes, **self.same})
         bar, report = progress(self.console, "train", config.steps, quiet=not self.main)
         since, seen = time.perf_counter(), done
         with interruptible() as signals, bar:
             try:
+                if self.owed:  # the run was cut off in the validation of its newest checkpoint
+                    self.validate(done)
                 for done, values in self.trainer.run(self.start):
                     if values is not None:
                         now = time.perf_counter()
@@ -184,11 +193,13 @@ class Run:
                             self.log.write(done, "train", {**values, "images_per_second": rate})
                     last = done == config.steps
                     stop = self._stopped(signals, values is not None)
-                    if self.examples is not None and (last or _due(done, config.val_every)):
+                    self.owed = self.examples is not None and (last or _due(done, config.val_every))
+                    # Before the validation, which may take longer than a scheduler waits after its signal.
+                    if last or stop or self.owed or _due(done, config.save_every):
+                        self.save(done)
+                    if self.owed and (last or not stop):
                         self.validate(done)
                         since, seen = time.perf_counter(), done
-                    if last or stop or _due(done, config.save_every):
-                        self.save(done)
                     if stop and not last:
                         self.say(
                             f"interrupted after step {done}, which is saved; the same command with --resume goes on."
@@ -208,7 +219,10 @@ class Run:
         return 0
 
     def validate(self, done: int) -> None:
-        """Score on the validation split, single scale; keep the weights if they are the best so far."""
+        """Score on the validation split, single scale; keep the weights if they are the best so far, and say so.
+
+        Comes after `save` of the same step.
+        """
         config, accelerator = self.config, self.accelerator
         ranks = accelerator.num_processes
         model = self.trainer.whole_model()
@@ -242,6 +256,8 @@ class Run:
             f"step {done}: {scores['images']['segmentation']} images of {config.val_split}, single scale, CAM with "
             f"known labels at threshold {config.cam_threshold}: {said}"
         )
+        self.owed = False
+        self.save(done)
         if left := scores["left_out"]:
             name, problem = next(iter(left.items()))
             self.say(f"left out: {len(left)} images whose files are broken; the first, {name}: {problem}")
@@ -252,7 +268,9 @@ class Run:
         for index in range(min(LOOKED_AT, len(self.examples))):
             with contextlib.suppress(ValueError, OSError):  # a broken file, which the scores name
                 image = self.examples[index].image[None].to(self.accelerator.device)
-                for name, maps in features_by_depth(model, image).items():
+                with computing(image.device, self.config.precision):
+                    by_depth = features_by_depth(model, image)
+                for name, maps in by_depth.items():
                     energies[name] = energies.get(name, 0) + band_energies(maps, self.config.mu)
         return {name: high_share(energy) for name, energy in energies.items()}
 
@@ -262,8 +280,9 @@ class Run:
         self.trainer.look(weights, done - 1)
         if self.main:  # the weights first: a run that is cut off in between writes them again
             save_weights(self.config.out / "last.safetensors", weights, self.config, self.classes, step=done)
-            content = {**state, **self.same, "best": self.best, "scored": self.scored}
+            content = {**state, **self.same, "best": self.best, "scored": self.scored, "owed": self.owed}
             save_checkpoint(self.config.out, done, self.config, content)
+        self.accelerator.wait_for_everyone()  # a launcher gives the others half a minute when one of them has ended
 
     def save_evidence(self, error: Diverged) -> str:
         """What is needed to look at a term that is not finite: the images of its step, and the weights as they are."""
@@ -275,12 +294,16 @@ class Run:
             "samples": numbers, "images": [self.samples.name(n) for n in numbers],
             "model": {name: value.cpu() for name, value in self.trainer.weights().items()},
         }  # fmt: skip
+        failed = ""
         if self.main:
             try:
                 with written(path) as part:
                     torch.save(content, part)
-            except (OSError, RuntimeError) as failed:
-                return f"train: {error} Its evidence could not be written to {path} ({failed})."
+            except (OSError, RuntimeError) as problem:
+                failed = f"train: {error} Its evidence could not be written to {path} ({problem})."
+        self.accelerator.wait_for_everyone()
+        if failed:
+            return failed
         kept = checkpoints(self.config.out)
         back = f"--resume goes on from {kept[0].name}" if kept else "there is no checkpoint yet"
         return (
@@ -328,6 +351,7 @@ def main() -> int:
         if config.resume:
             run.resume()
         code = run.train()
+        accelerator.end_training()
         if code == 0:
             best = f", best.safetensors ({run.best:.1f})" if run.best >= 0 else ""
             run.say(f"wrote last.safetensors{best} and {LOG} in {config.out}")

@@ -11,6 +11,7 @@ and 255 where a pixel is not scored.
 
 import functools
 import json
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ffr.draw import load_label
@@ -376,6 +377,23 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         images, labels = self.batch(n // self.batch_size)
         return images[n % self.batch_size], labels[n % self.batch_size]
+
+
+def patient(worker: int) -> None:
+    """For `worker_init_fn`: schedulers and Ctrl-C signal every process, and the parent still has a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # as long as they wait before they kill
+
+
+@contextmanager
+def loading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """Iterate over a loader, whose workers end with the block: a traceback would keep them, and they do not hurry."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch has no public name for it
 
 
 def _row(labels: Sequence[int], count: int) -> Tensor:

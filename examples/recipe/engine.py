@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ffr import FFR, FFRLoss
 from ffr.objective import Terms
 from recipe.config import Config, build_objective
-from recipe.data import SceneImages, TrainImages, mixed, samples
+from recipe.data import SceneImages, TrainImages, loading, mixed, patient, samples
 from recipe.network import build_model
 
 NEVER = 2**53  # a step that no run reaches, and a float64 holds
@@ -24,9 +24,14 @@ WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 class Diverged(RuntimeError):
     """A loss term is no longer finite: which, since which step, and the terms where that was seen."""
 
+    WHAT: ClassVar = {
+        "weights": "a weight is not finite. Lower the learning rate.",
+        "loss_scale": "no gradient of fp16 is finite, whatever the loss is multiplied by. Use --precision bf16.",
+    }
+
     def __init__(self, term: str, step: int, values: dict[str, float]) -> None:
-        what = "a weight" if term == "weights" else f"the loss term `{term}`"
-        super().__init__(f"step {step}: {what} is not finite. Lower the learning rate.")
+        what = self.WHAT.get(term, f"the loss term `{term}` is not finite. Lower the learning rate.")
+        super().__init__(f"step {step}: {what}")
         self.term, self.step, self.values = term, step, values
 
 
@@ -127,33 +132,35 @@ class Trainer:
             ValueError: for an image that cannot be read; names the file.
         """
         config, device = self.config, self.accelerator.device
-        batches = iter(self._loader(start))
-        for step in range(start, config.steps):
-            torch.manual_seed(mixed(config.seed, 2, step, self.rank))  # whatever a network draws, it draws again
-            rate = learning_rate(step, config.steps, config.warmup, config.lr, power=config.power)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            images, labels = next(batches)
-            share = len(images) // config.accumulate
-            values = torch.zeros(len(Terms._fields), device=device)
-            for part, (x, y) in enumerate(zip(images.split(share), labels.split(share), strict=True)):
-                present = max(1, int(y.sum(1).max()))  # still on the CPU: costs no synchronisation
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                with self._reducing(part == config.accumulate - 1):
-                    with self.accelerator.autocast():
-                        terms: Terms = self.wrapped(x, y, step=step, max_present=present)
-                    self.accelerator.backward(terms.total / config.accumulate)
-                values += torch.stack([term.detach() for term in terms]) / config.accumulate
-            self._values = values
-            first = torch.where(torch.isfinite(values), NEVER, step)
-            self._first_bad = torch.minimum(self._first_bad, first)
-            read = step % config.log_every == 0 or step == config.steps - 1
-            shown = self._read(values) if read else None  # before the weights move, so that they can be looked at
-            if config.clip > 0:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            yield step + 1, None if shown is None else {**shown, "lr": rate}
+        with loading(self._loader(start)) as batches:
+            for step in range(start, config.steps):
+                torch.manual_seed(mixed(config.seed, 2, step, self.rank))  # whatever a network draws, it draws again
+                rate = learning_rate(step, config.steps, config.warmup, config.lr, power=config.power)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * group["scale"]
+                images, labels = next(batches)
+                share = len(images) // config.accumulate
+                values = torch.zeros(len(Terms._fields), device=device)
+                for part, (x, y) in enumerate(zip(images.split(share), labels.split(share), strict=True)):
+                    present = max(1, int(y.sum(1).max()))  # still on the CPU: costs no synchronisation
+                    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                    with self._reducing(part == config.accumulate - 1):
+                        with self.accelerator.autocast():
+                            terms: Terms = self.wrapped(x, y, step=step, max_present=present)
+                        self.accelerator.backward(terms.total / config.accumulate)
+                    values += torch.stack([term.detach() for term in terms]) / config.accumulate
+                self._values = values
+                first = torch.where(torch.isfinite(values), NEVER, step)
+                self._first_bad = torch.minimum(self._first_bad, first)
+                read = step % config.log_every == 0 or step == config.steps - 1
+                shown = (
+                    self._read(values, step) if read else None
+                )  # before the weights move, so that they can be looked at
+                if config.clip > 0:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                yield step + 1, None if shown is None else {**shown, "lr": rate}
 
     def state(self) -> dict[str, Any]:
         """Weights and optimiser for rank 0, whole, on the CPU; every rank must ask. Any number of ranks can load it."""
@@ -202,6 +209,7 @@ class Trainer:
             batch_sampler=numbers,
             num_workers=config.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=patient,
         )
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
@@ -213,11 +221,11 @@ class Trainer:
 
     def look(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Refuse what is not finite: a term of any step so far, or a weight after `step`; every rank must ask."""
-        self._read(self._values)
+        self._read(self._values, step)
         if not all(bool(value.isfinite().all()) for value in weights.values()):
             raise Diverged("weights", step, {})
 
-    def _read(self, values: Tensor) -> dict[str, float]:
+    def _read(self, values: Tensor, now: int) -> dict[str, float]:
         if self.ranks > 1:
             values = self.total(values) / self.ranks
             self._first_bad = -self.most(-self._first_bad)
@@ -228,6 +236,10 @@ class Trainer:
         if step < NEVER:
             names = [name for name in (*Terms._fields[1:], "total") if bad[name] == step]
             raise Diverged(names[0], int(step), shown)
+        if self.accelerator.scaler is not None:  # of fp16, which skips a step whose gradients are not finite
+            shown["loss_scale"] = self.accelerator.scaler.get_scale()
+            if shown["loss_scale"] < 1:
+                raise Diverged("loss_scale", now, shown)
         return shown
 
 

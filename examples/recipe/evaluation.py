@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ffr import FFR, DenseCRF
 from ffr.cam import normalize_cam, present_classes, put_classes, take_classes, to_float, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
-from recipe.data import EvalImages, Example, SceneExamples
+from recipe.data import EvalImages, Example, SceneExamples, loading, patient
 from recipe.prepare import start_worker
 
 THRESHOLDS = tuple(i / 100 for i in range(100))
@@ -73,6 +73,12 @@ class View(NamedTuple):
     logits_inter: Tensor
 
 
+def computing(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The precision of a forward pass without gradient."""
+    # Without autocast's cache: in a training run its casts, made without a graph, would be used by the next step.
+    return torch.autocast(device.type, DTYPES[precision], precision != "fp32", cache_enabled=False)
+
+
 @torch.no_grad()
 def look(model: FFR, images: Tensor, scales: Mapping[float, bool], precision: str = "fp32") -> dict[float, View]:
     """Run the network once at each scale.
@@ -85,8 +91,7 @@ def look(model: FFR, images: Tensor, scales: Mapping[float, bool], precision: st
     """
     pixels, views = to_float(images), {}
     height, width = images.shape[2:]
-    # Without autocast's cache: in a training run its casts, made without a graph, would be used by the next step.
-    with torch.autocast(images.device.type, DTYPES[precision], precision != "fp32", cache_enabled=False):
+    with computing(images.device, precision):
         for scale, flip in scales.items():
             size = (max(1, round(height * scale)), max(1, round(width * scale)))
             scaled = pixels
@@ -382,7 +387,7 @@ def evaluate_all(
         """Take what the CRF has made, until at most so many images are left to it."""
         while len(waiting) > most:
             future, row, name, mask = waiting.popleft()
-            done(row, name, torch.from_numpy(future.result()), mask)
+            done(row, name, torch.from_numpy(future.result()).to(device), mask)  # counting is quicker there
 
     def score(group: _Group, refine: Any) -> None:
         views = look(model, group.images, scales, protocols[0].precision)
@@ -398,15 +403,21 @@ def evaluate_all(
                 continue
             images, probs = group.images.cpu(), made[way].softmax(1).cpu()
             for i, name in enumerate(group.names):
-                mask = None if group.masks is None else group.masks[i].cpu()
+                mask = None if group.masks is None else group.masks[i]
                 waiting.append((refine(images[i], probs[i]), row, name, mask))
-                collect(2 * crf_workers)
+                collect(crf_workers + 2 if crf_workers else 0)  # an image of COCO waits with 100 MB
 
     runs = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    loader = DataLoader(_Read(dataset), batch_sampler=runs[rank::world_size], num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        _Read(dataset),
+        batch_sampler=runs[rank::world_size],
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=patient,
+    )
     crf = refining(crf_workers, protocols[0].crf_prune) if any(p.crf for p in protocols) else nullcontext()
-    with evaluating(model), crf as refine:
-        for turn, run in enumerate(loader):
+    with evaluating(model), crf as refine, loading(loader) as batches:
+        for turn, run in enumerate(batches):
             good = []
             for index, example in run:
                 if isinstance(example, str):
