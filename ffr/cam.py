@@ -298,7 +298,8 @@ def label_to_cam(label: Tensor, *, num_classes: int) -> Tensor:
         float32 ``(B, K, H, W)`` of zeros and ones.
 
     Raises:
-        ValueError: if `label` has another rank. TypeError: if it is not of an integer dtype.
+        ValueError: if `label` has another rank.
+        TypeError: if it is not of an integer dtype.
 
     Example:
         >>> import torch

@@ -86,7 +86,8 @@ class DenseCRF(nn.Module):
             probabilities of the shape, dtype and device of `probs`; they sum to 1 over the labels.
 
         Raises:
-            ValueError: if the shapes do not fit, or a number is not finite. TypeError: for a wrong dtype.
+            ValueError: if the shapes do not fit, or a number is not finite.
+            TypeError: for a wrong dtype.
         """
         owner = "DenseCRF"
         batch = "B " if getattr(image, "ndim", 0) == 4 else ""
@@ -123,7 +124,8 @@ class DenseCRF(nn.Module):
             float32 ``(K + 1, H, W)`` or ``(B, K + 1, H, W)``.
 
         Raises:
-            ValueError: if the shapes do not fit, or a number is out of range. TypeError: for a wrong dtype.
+            ValueError: if the shapes do not fit, or a number is out of range.
+            TypeError: for a wrong dtype.
         """
         owner = "DenseCRF.from_label"
         batch = "B " if getattr(image, "ndim", 0) == 4 else ""
@@ -214,8 +216,9 @@ def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None)
         the path of each result once it is written, in the order of completion: a progress bar counts them.
 
     Raises:
-        ImportError: if Pillow is missing. ValueError: if a result is no ``.png``. Whatever a job raises comes out of
-            the iteration and names the file; a result is there whole or not at all.
+        ImportError: if Pillow is missing.
+        ValueError: if a result is no ``.png``. Whatever a job raises comes out of the iteration and names the file; a
+            result is there whole or not at all.
 
     Example:
         >>> from ffr.crf import DenseCRF, crf_files

@@ -33,7 +33,8 @@ class PermutohedralLattice:
         count: read the number of lattice points on the host; by default on a CPU alone.
 
     Raises:
-        ValueError: if `features` has another shape or number of columns. TypeError: for a wrong dtype.
+        ValueError: if `features` has another shape or number of columns.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -242,7 +243,8 @@ def image_features(image: Tensor, *, sxy: float, srgb: float) -> Tensor:
         ``(H * W, 5)``, at least float32.
 
     Raises:
-        ValueError: if a shape or a number does not fit. TypeError: for a wrong dtype.
+        ValueError: if a shape or a number does not fit.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch

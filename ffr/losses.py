@@ -37,7 +37,8 @@ def segmentation_loss(
         `ignore_index` throughout, connected to the graph.
 
     Raises:
-        ValueError: if a shape does not fit. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -129,7 +130,8 @@ def affinity_loss(
         a scalar in [0, 1], in the dtype of `features`. A half without pairs is exactly 0, connected to the graph.
 
     Raises:
-        ValueError: if a shape does not fit. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -256,7 +258,8 @@ def dense_energy_loss(
         interest or without a label.
 
     Raises:
-        ValueError: if a shape or a number does not fit. TypeError: for a wrong dtype.
+        ValueError: if a shape or a number does not fit.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch

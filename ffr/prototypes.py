@@ -50,7 +50,8 @@ def class_prototypes(
         ``Prototypes(vectors, valid)``: ``(B, K, D)`` in the dtype of `features`, and bool ``(B, K)``.
 
     Raises:
-        ValueError: if a shape does not fit or `seed_threshold` lies outside [0, 1]. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit or `seed_threshold` lies outside [0, 1].
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -155,7 +156,8 @@ def similarity_maps(
         ``(B, K, h, w)`` in [-1, 1]; 0 where the token or the prototype is zero.
 
     Raises:
-        ValueError: if a shape does not fit, or `max_present` comes without `valid`. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit, or `max_present` comes without `valid`.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch

@@ -42,7 +42,8 @@ def select_tokens(
         bool ``(B, K, h, w)``, without gradient. A token may be selected for several classes.
 
     Raises:
-        ValueError: if a shape does not fit or `gap` lies outside [0, 2]. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit or `gap` lies outside [0, 2].
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -119,7 +120,8 @@ def rectification_loss(
         a scalar >= 0 in the dtype of `features`; exactly 0, and connected to the graph, where nothing is selected.
 
     Raises:
-        ValueError: if a shape does not fit or a number is out of range. TypeError: for a wrong dtype.
+        ValueError: if a shape does not fit or a number is out of range.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
