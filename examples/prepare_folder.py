@@ -9,12 +9,16 @@ Labels are one of
     CSV, one column a class name,cat,dog        then  a/b.jpg,1,0
     CSV, one column         name,labels         then  a/b.jpg,cat;dog
     JSON                    {"a/b.jpg": ["cat", "dog"], ...}
+
 with names relative to --images, with or without their suffix. Masks, if any, are indexed PNGs masks/a/b.png: 0 for
-background, 1..K in the order of the classes, 255 for not scored. Writes train.json and val.json; copies nothing.
+background, 1..K in the order of the classes, 255 for not scored. A mask that cannot be used is left out and named, and
+its image kept without: training needs labels alone, and scoring passes over it. Writes train.json and val.json; copies
+nothing.
 """
 
 import csv
 import hashlib
+import io
 import json
 import sys
 import unicodedata
@@ -44,7 +48,7 @@ class Settings:
     labels: Path | None = None
     """CSV or JSON; without it the first folder below --images is the class"""
     masks: Path | None = None
-    """folder of masks, for evaluation only; an image may be without one"""
+    """folder of masks, for evaluation only; an image may be without one, and is where its mask cannot be used"""
     classes: tuple[str, ...] = ()
     """names in the order of the masks' numbers; else the CSV's header, or all names sorted"""
     val_fraction: float = 0.1
@@ -77,7 +81,7 @@ class Task(NamedTuple):
     """One image; `labels` None where they are unknown."""
 
     name: str
-    image: Path | None
+    image: Path
     mask: Path | None
     labels: tuple[int, ...] | None
     num_labels: int
@@ -109,13 +113,24 @@ def find_images(root: Path) -> tuple[dict[str, Path], int]:
     return found, others
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that an editor or a spreadsheet wrote."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{error}. Save it as UTF-8") from error
+
+
 def read_csv(path: Path) -> tuple[tuple[str, ...] | None, list[Row]]:
     """Class names of the header, None for the form `name,labels`, and the rows."""
-    with decoding("--labels", path), path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.reader(file)
+    with decoding("--labels", path):
+        text = read_text(path)
+        first = text.partition("\n")[0][:80]
+        table = csv.reader(io.StringIO(text))
         head = [cell.strip() for cell in next(table, [])]
         if len(head) < 2 or head[0] != "name":
-            raise ValueError("line 1: expected the header name,CLASS,CLASS,... or name,labels")
+            hint = ". Separate the cells by commas" if {";", "\t"} & set(first) else ""
+            raise ValueError(f"line 1: expected the header name,CLASS,CLASS,... or name,labels, got {first!r}{hint}")
         listed = [name.lower() for name in head[1:]] == ["labels"]
         rows = []
         for row in table:
@@ -123,11 +138,14 @@ def read_csv(path: Path) -> tuple[tuple[str, ...] | None, list[Row]]:
             if not any(cells):
                 continue
             if len(cells) != len(head):
-                raise ValueError(f"line {table.line_num}: expected {len(head)} cells, got {','.join(row)!r}")
+                hint = ". Separate several labels by `;`" if listed and len(cells) > 2 else ""
+                raise ValueError(f"line {table.line_num}: expected {len(head)} cells, got {','.join(row)!r}{hint}")
             if listed:
                 labels = tuple(part.strip() for part in cells[1].split(";") if part.strip())
             elif bad := [cell for cell in cells[1:] if cell not in ("0", "1")]:
-                raise ValueError(f"line {table.line_num}: expected 0 or 1 for every class, got {bad[0]!r}")
+                word = len(head) == 2 and not bad[0].isdigit()
+                hint = f". Line 1 may mean `labels`, not {head[1]!r}" if word else ""
+                raise ValueError(f"line {table.line_num}: expected 0 or 1 for every class, got {bad[0]!r}{hint}")
             else:
                 labels = tuple(name for name, cell in zip(head[1:], cells[1:], strict=True) if cell == "1")
             rows.append(Row(where, cells[0], labels))
@@ -141,7 +159,7 @@ def read_json(path: Path) -> list[Row]:
         return found  # a dictionary would drop a name that is there twice
 
     with decoding("--labels", path):
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+        raw = json.loads(read_text(path), object_pairs_hook=pairs)
         rows = []
         if not isinstance(raw, list) or not all(isinstance(pair, tuple) for pair in raw):
             raise ValueError('expected one object {"name": ["class", ...], ...}')
@@ -190,14 +208,24 @@ def lookup(images: dict[str, Path]) -> dict[str, str]:
     return spellings | {same(name): name for name in images}
 
 
+def relative(listed: Sequence[str], names: dict[str, str]) -> str:
+    """What to write, where a list has the right files in other folders."""
+    ends = {PurePosixPath(spelling).name: spelling for spelling in names}
+    for name in listed:
+        if (meant := ends.get(PurePosixPath(same(name)).name)) is not None:
+            return f" Names are relative to --images: {meant!r}, not {name!r}."
+    return ""
+
+
 def read_names(path: Path, flag: str, names: dict[str, str]) -> list[str]:
     """The images in a list, one a line."""
     with decoding(flag, path):
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
         if not lines:
             raise ValueError("it lists no image")
         if unknown := [line for line in lines if same(line) not in names]:
-            raise ValueError(f"there is no image {unknown[0]!r} with labels ({len(unknown)} such lines)")
+            hint = relative(lines, names) if len(unknown) == len(lines) else ""
+            raise ValueError(f"there is no image {unknown[0]!r} with labels ({len(unknown)} such lines).{hint}")
         chosen = [names[same(line)] for line in lines]
         if len(set(chosen)) < len(chosen):
             raise ValueError("it lists an image twice")
@@ -218,7 +246,7 @@ def divide(settings: Settings, images: dict[str, Path], labels: dict[str, tuple[
             if name in owner:
                 raise ValueError(f"--{split}-list: {name!r} is in {lists[owner[name]]}, too. Keep it in one list.")
             owner[name] = split
-    rest = sorted(name for name in labels if name not in owner)  # names without an image, too: they are reported
+    rest = sorted(name for name in labelled if name not in owner)
     if "train" in splits and "val" in splits:
         return splits
     if "train" in splits or "val" in splits:
@@ -237,15 +265,16 @@ def draw(names: Sequence[str], fraction: float, seed: int) -> tuple[list[str], l
 
 
 def make(task: Task) -> Done:
-    """Read one image and its mask to their ends."""
-    if task.image is None:
-        raise ValueError("it has labels, but there is no such image")
+    """Read one image and its mask to their ends; a mask that cannot be used is left out."""
     _, height, width = read_image(task.image).shape
-    values: tuple[int, ...] = ()
-    if task.mask is not None:
+    item = Item(task.name, task.image.absolute(), None, task.labels)
+    if task.mask is None:
+        return Done(task.name, item)
+    try:
         values = values_of(read_mask(task.mask, task.num_labels, (height, width)).numpy())
-    item = Item(task.name, task.image.absolute(), task.mask and task.mask.absolute(), task.labels)
-    return Done(task.name, item, kept=True, values=values)
+    except (ValueError, OSError) as error:
+        return Done(task.name, item, problem=str(error))
+    return Done(task.name, item._replace(mask=task.mask.absolute()), kept=True, values=values)
 
 
 def check(settings: Settings) -> None:
@@ -267,6 +296,12 @@ def run(settings: Settings, console: Console) -> int:
     classes, labels = read_labels(settings, images)
     if settings.masks is not None and len(classes) > 254:
         raise ValueError(f"--masks: an indexed PNG holds 254 classes at most, got {len(classes)}. Leave the masks out.")
+    missing = [name for name in labels if name not in images]
+    if len(missing) == len(labels):
+        raise ValueError(
+            f"--labels: none of the {len(labels):,} images in {settings.labels} is in {settings.images}; the first: "
+            f"{missing[0]!r}.{relative(missing, lookup(images))}"
+        )
     splits = divide(settings, images, labels)
     files = [path for path in (settings.labels, settings.train_list, settings.val_list, settings.test_list) if path]
     drawn = settings.train_list is None and settings.val_list is None
@@ -283,10 +318,13 @@ def run(settings: Settings, console: Console) -> int:
         for name in names:
             mask = settings.masks and settings.masks / f"{name}.png"
             found = mask if mask and mask.is_file() else None
-            tasks[split].append(Task(name, images.get(name), found, labels.get(name), len(classes) + 1))
+            tasks[split].append(Task(name, images[name], found, labels.get(name), len(classes) + 1))
     everything = [task for each in tasks.values() for task in each]
     done = iter(work(make, everything, workers=settings.workers, title="images", console=console))
     summary, notes = Summary(settings.out, classes, console), []
+    summary.problems |= dict.fromkeys(
+        missing, f"{settings.labels} has labels for it, but there is no such image in {settings.images}"
+    )
     for split, each in tasks.items():
         summary.add(split, islice(done, len(each)))
         if settings.masks and (bare := sum(task.mask is None for task in each)):

@@ -242,6 +242,14 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         read_mask(tmp_path / "m.png", 3, (4, 3))
 
 
+@pytest.mark.parametrize(("size", "hint"), [((4, 3), True), ((4, 4), False)])
+def test_a_mask_with_its_sides_swapped_gets_a_hint_at_the_orientation(size, hint, tmp_path):
+    save_label(tmp_path / "m.png", np.zeros((3, 4), np.uint8))
+    with pytest.raises(ValueError, match="got 3 x 4") as error:
+        read_mask(tmp_path / "m.png", 3, size)
+    assert ("EXIF orientation: turn the mask" in str(error.value)) is hint
+
+
 def test_colours_are_no_labels(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match=r"cannot read .*m\.png: .*expected an indexed or 8-bit grey PNG.*RGB"):

@@ -718,13 +718,20 @@ HURT_MASKS = {
 
 
 @pytest.mark.parametrize("kind", HURT_MASKS)
-def test_a_hurt_mask_of_ones_own_is_named_and_untouched(kind, mine, tmp_path, monkeypatch, capsys):
+def test_a_hurt_mask_of_ones_own_is_named_and_untouched_and_its_image_stays(kind, mine, tmp_path, monkeypatch, capsys):
     hurt, message = HURT_MASKS[kind]
     hurt(tmp_path / "masks/a/one.png")
     before = state(tmp_path / "masks")
     assert run(monkeypatch, prepare_folder, **mine, masks=tmp_path / "masks") == 1
-    assert re.search(rf"left out: a/one: .*{message}", one_line(capsys.readouterr().out))
-    assert "a/one" not in labels_by_name(mine["out"]) and len(labels_by_name(mine["out"])) == 4
+    said = one_line(capsys.readouterr().out)
+    assert re.search(rf"- mask left out: a/one: .*{message}", said)
+    assert re.search(r"images kept without their mask: it cannot be used [^\d]*1 ", said)
+    assert re.search(r"images left out: files broken [^\d]*0 [^\d]*0 ", said)
+    assert len(labels_by_name(mine["out"])) == 5
+    items = [item for split in ("train", "val") for item in read_split(mine["out"], split).items]
+    assert all(item.mask is None for item in items)
+    record = json.loads((mine["out"] / "prepare.json").read_text())
+    assert list(record["masks_left_out"]) == ["a/one"] and record["left_out"] == {}
     assert state(tmp_path / "masks") == before
 
 
@@ -738,13 +745,64 @@ def test_a_hurt_image_of_ones_own_is_named(kind, mine, tmp_path, monkeypatch, ca
         path.write_bytes(path.read_bytes()[:-80] if kind == "truncated" else b"")
     assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json") == 1
     assert re.search(
-        r"left out: b/5(\.jpeg)?: .*(cannot read .*5\.jpeg|no such image)", one_line(capsys.readouterr().out)
+        r"left out: b/5(\.jpeg)?: .*(cannot read .*5\.jpeg|l\.json has labels for it, but there is no such image in)",
+        said := one_line(capsys.readouterr().out),
     )
     assert len(labels_by_name(mine["out"])) == 4
+    assert re.search(rf"files broken [^\d]*{int(kind != 'missing')} ", said)
+
+
+def test_no_image_that_can_be_read_is_no_success(mine, monkeypatch, capsys):
+    for name in NAMES:
+        (mine["images"] / name).write_bytes(b"")
+    assert run(monkeypatch, prepare_folder, **mine) == 2
+    assert "wrote no list, for every image is left out" in one_line(capsys.readouterr().out)
+    assert not list(mine["out"].glob("[tv]*.json"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "hint"),
+    [
+        ("photos/a/one.jpg", r"Names are relative to --images: 'a/one\.jpg', not 'photos/a/one\.jpg'\."),
+        ("one", r"Names are relative to --images: 'a/one', not 'one'\."),
+        ("zero.jpg", r"'zero\.jpg'\.$"),
+    ],
+)
+def test_labels_that_all_miss_are_refused_with_a_hint(listed, hint, mine, tmp_path, monkeypatch, capsys):
+    (tmp_path / "l.json").write_text(json.dumps({listed: ["x"], "elsewhere/zero": ["x"]}))
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json") == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(rf"--labels: none of the 2 images in .*l\.json is in .*photos; the first: .*{hint}", said)
+    assert not mine["out"].exists()
+
+
+def test_the_images_of_each_class_are_counted_and_a_single_one_is_doubted(mine, tmp_path, monkeypatch, capsys):
+    rows = [f"{name},{'cat' if i else 'cat;rokcet'}" for i, name in enumerate(NAMES)]
+    (tmp_path / "l.csv").write_text("\n".join(["name,labels", *rows]), encoding="utf-8")
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.csv", val_fraction=0) == 0
+    said = one_line(capsys.readouterr().out)
+    assert "images of each class, train cat 5 rokcet 1" in said
+    assert "shown by a single image: rokcet. Check the spelling." in said
+
+
+def test_of_many_classes_the_rarest_are_counted(mine, tmp_path, monkeypatch, capsys):
+    often = [f"often {i}" for i in range(200)]
+    (tmp_path / "l.json").write_text(
+        json.dumps({name: [*often, "seldom"][: 201 - bool(i)] for i, name in enumerate(NAMES)})
+    )
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json", val_fraction=0.2) == 0
+    said = one_line(capsys.readouterr().out)
+    assert "images of the 100 rarest of 201 classes, train + val" in said
+    assert said.count("often") == 99 and re.search(r"seldom (1 \+ 0|0 \+ 1)", said)
 
 
 BAD_TABLES = {
-    "no header.csv": ("a/one.jpg,1,0\n", r"cannot read .*no header\.csv: line 1: expected the header name,CLASS"),
+    "no header.csv": ("a/one.jpg,1,0\n", r"no header\.csv: line 1: expected .* name,CLASS.*, got 'a/one.jpg,1,0'"),
+    "semicolons.csv": ("name;labels\na/one;cat\n", r"got 'name;labels'\. Separate the cells by commas\."),
+    "singular.csv": ("name,label\na/one,cat\n", r"line 2: expected 0 or 1.*'cat'\. .*may mean `labels`, not 'label'\."),
+    "commas.csv": ("name,labels\na/one,cat, dog\n", r"line 2: .*'a/one,cat, dog'\. Separate several labels by `;`\."),
+    "utf16.csv": ("name,labels\na/one,cat\n".encode("utf-16"), r"cannot read .*utf16\.csv: .*Save it as UTF-8\."),
+    "utf16.json": ('{"a/one": ["cat"]}'.encode("utf-16"), r"cannot read .*utf16\.json: .*Save it as UTF-8\."),
     "empty.csv": ("", r"empty\.csv: line 1: expected the header"),
     "rowless.csv": ("name,cat\n", r"--labels: .*rowless\.csv lists no image"),
     "short.csv": ("name,cat,dog\na/one,1,0\n\nb/5,1\n", r"short\.csv: line 4: expected 3 cells, got 'b/5,1'"),
@@ -796,6 +854,10 @@ def test_what_one_list_leaves_is_the_other_split(mine, tmp_path, monkeypatch):
     ("lists", "message"),
     [
         ({"val": "a/zero\n"}, r"--val-list: cannot read .*val\.txt: there is no image 'a/zero' with labels"),
+        (
+            {"val": "one.jpg\ntwo.jpg\n"},
+            r"--val-list: .*\(2 such lines\)\. Names are relative to --images: 'a/one\.jpg', n",
+        ),
         ({"val": "\n"}, r"--val-list: cannot read .*val\.txt: it lists no image"),
         ({"val": "a/one\na/one.jpg\n"}, r"--val-list: .*it lists an image twice"),
         ({"val": "a/one\n", "train": "a/one\n"}, r"--val-list: 'a/one' is in .*train\.txt, too"),

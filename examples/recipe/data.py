@@ -212,9 +212,10 @@ def read_mask(path: str | Path, num_labels: int, size: tuple[int, int] | None = 
     with decoding("read_mask", path):
         mask = load_label(path)
     if size is not None and mask.shape != tuple(size):
+        turned = " The photo may be turned by its EXIF orientation: turn the mask, too."
         raise ValueError(
             f"read_mask: expected {size[0]} x {size[1]} pixels (H x W) as its image, got {mask.shape[0]} x "
-            f"{mask.shape[1]} in {path}."
+            f"{mask.shape[1]} in {path}.{turned if mask.shape == tuple(size)[::-1] else ''}"
         )
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     if foreign := [int(value) for value in values if num_labels <= value != IGNORE]:

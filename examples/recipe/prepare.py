@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 import tyro
+from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
@@ -37,15 +39,20 @@ ROWS = {
     "no_label": "images without any label",
     "label_unseen": "masks without a pixel of a label",
     "mask_unlabelled": "masks with a class that is no label",
+    "mask_broken": "images kept without their mask: it cannot be used",
     "broken": "images left out: files broken",
 }
 SHOWN = 20  # problems on the screen; the record has all
+COUNTED = 100  # classes on the screen, the rarest
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class Done(NamedTuple):
-    """What became of one image: its entry, or what is wrong with its files; `values` are those of its mask."""
+    """What became of one image: its entry, or what is wrong with its files, or both where it lost its mask alone.
+
+    `values` are those of the mask.
+    """
 
     name: str
     item: Item | None = None
@@ -226,13 +233,16 @@ class Summary:
         self.out, self.classes, self.console = out, classes, console
         self.rows: dict[str, dict[str, Any]] = {}
         self.problems: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
 
     def add(self, split: str, done: Iterable[Done], official: int | None = None) -> None:
         """Write a split from its good images; those with broken files are left out and named."""
         done = list(done)
         items = [each.item for each in done if each.item is not None]
-        broken = {each.name: each.problem for each in done if each.problem is not None}
+        broken = {each.name: each.problem for each in done if each.item is None}
+        bare = {each.name: each.problem for each in done if each.item is not None and each.problem is not None}
         self.problems |= broken
+        self.masks |= bare
         masked = [each for each in done if each.item is not None and each.item.mask is not None]
         shown = [{value - 1 for value in each.values} - {-1, IGNORE - 1} for each in masked]
         labels = [None if each.item.labels is None else set(each.item.labels) for each in masked]
@@ -246,6 +256,7 @@ class Summary:
             "no_label": sum(item.labels == () for item in items),
             "label_unseen": sum(bool(label - mask) for mask, label in pairs),
             "mask_unlabelled": sum(bool(mask - label) for mask, label in pairs),
+            "mask_broken": len(bare) or None,
             "broken": len(broken),
             "images_per_class": {name: seen[k] for k, name in enumerate(self.classes)},
         }
@@ -255,7 +266,7 @@ class Summary:
             (self.out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run, when there were some
 
     def finish(self, script: str, settings: dict[str, Any], notes: Sequence[str] = ()) -> int:
-        """Print the table and the problems, complete the record; 1 if an image was left out, else 0."""
+        """Print the tables and the problems, complete the record; 1 if something was left out, 2 if every image was."""
         table = Table("", *self.rows, title=escape(f"{script}: {self.out}"))
         for key, head in ROWS.items():
             cells = [row[key] for row in self.rows.values()]
@@ -265,24 +276,49 @@ class Summary:
         for column in table.columns[1:]:
             column.justify = "right"
         self.console.print(table)
+        per_split = {split: row["images_per_class"] for split, row in self.rows.items()}
+        per_split = {split: counts for split, counts in per_split.items() if any(counts.values())}
+        per_class = {name: [counts[name] for counts in per_split.values()] for name in self.classes}
+        if per_split:
+            self.console.print(class_table(per_class, list(per_split)))
         notes = list(notes)
         for split, row in self.rows.items():
             if row["official"] not in (None, row["images"]):
                 notes.append(f"{split}: {row['images']:,} images, the official data has {row['official']:,}.")
-            none = [name for name, count in row["images_per_class"].items() if not count]
-            if none and any(row["images_per_class"].values()):
+        for split, counts in per_split.items():
+            if none := [name for name, count in counts.items() if not count]:
                 notes.append(f"{split}: no image shows {', '.join(none)}.")
-        for name, problem in list(self.problems.items())[:SHOWN]:
-            notes.append(f"left out: {name}: {problem}")
-        if len(self.problems) > SHOWN:
-            notes.append(f"left out: {len(self.problems) - SHOWN} more, all in {self.out / RECORD}.")
+        if single := [name for name, counts in per_class.items() if sum(counts) == 1]:
+            more = ", ..." if len(single) > 8 else ""
+            notes.append(f"shown by a single image: {', '.join(single[:8])}{more}. Check the spelling.")
+        for what, problems in (("left out", self.problems), ("mask left out", self.masks)):
+            notes += [f"{what}: {name}: {problem}" for name, problem in list(problems.items())[:SHOWN]]
+            if len(problems) > SHOWN:
+                notes.append(f"{what}: {len(problems) - SHOWN} more, all in {self.out / RECORD}.")
         for note in notes:
             self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
-        record = {"script": script, "settings": settings, "report": self.rows, "left_out": self.problems}
+        record = {
+            "script": script,
+            "settings": settings,
+            "report": self.rows,
+            "left_out": self.problems,
+            "masks_left_out": self.masks,
+        }
         write_text(self.out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         lists = ", ".join(f"{split}.json" for split, row in self.rows.items() if row["images"])
-        self.console.print(f"wrote {lists or 'no list'} in {self.out}", soft_wrap=True, markup=False)
-        return 1 if self.problems else 0
+        said = lists or "no list, for every image is left out,"
+        self.console.print(f"wrote {said} in {self.out}", soft_wrap=True, markup=False)
+        return 2 if not lists else 1 if self.problems or self.masks else 0
+
+
+def class_table(per_class: dict[str, list[int]], splits: Sequence[str]) -> Columns:
+    """The images of each class, as many side by side as the screen is wide: a misspelt name shows here."""
+    shown, which = list(per_class.items()), "each class"
+    if len(shown) > COUNTED:
+        shown = sorted(shown, key=lambda each: sum(each[1]))[:COUNTED]
+        which = f"the {COUNTED} rarest of {len(per_class):,} classes"
+    cells = [Text(f"{name} {' + '.join(f'{count:,}' for count in counts)}") for name, counts in shown]
+    return Columns(cells, title=f"images of {which}, {' + '.join(splits)}", padding=(0, 3), column_first=True)
 
 
 def command(
@@ -292,7 +328,7 @@ def command(
     description: str | None,
     interrupted: str = "what is done is kept, the same command goes on",
 ) -> int:
-    """Run a script from the command line: 0 all good, 1 images left out, 2 refused, 130 interrupted."""
+    """Run a script from the command line: 0 all good, 1 some images left out, 2 refused, 130 interrupted."""
     try:
         return run(tyro.cli(settings, description=description), Console())
     except (ValueError, OSError, WriteError) as error:
