@@ -26,11 +26,11 @@ try:
     from accelerate import PartialState
     from accelerate.utils import reduce
     from recipe.config import on_cpu
-    from recipe.data import EvalImages, SceneExamples, evaluation_data
+    from recipe.data import EvalImages, SceneExamples
     from recipe.evaluation import CHOSEN, Protocol, evaluate_all
     from recipe.files import write_text, written
     from recipe.prepare import command, counter, digest
-    from recipe.weights import Trained, load_weights, versions
+    from recipe.weights import Trained, examples_for, load_weights, versions
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
@@ -149,16 +149,8 @@ def writable(flag: str, path: Path) -> None:
 
 def open_data(settings: Settings, trained: Trained) -> tuple[EvalImages | SceneExamples, Path | None]:
     """The images, and the folder that they are of; refuses a split that does not fit the weights."""
-    config = trained.config
-    folder = config.data if settings.data is None else settings.data
-    count = config.scenes[1] if settings.images is None else settings.images
-    dataset, classes = evaluation_data(replace(config, data=folder, scenes=(1, count)), settings.split)
-    if classes != trained.classes:
-        raise ValueError(
-            f"--data: {folder or 'the embedded scenes'} has the {len(classes)} classes {', '.join(classes[:4])}, ...; "
-            f"{settings.weights} was trained on {len(trained.classes)}: {', '.join(trained.classes[:4])}, ... "
-            "They must be the same, in the same order."
-        )
+    count = trained.config.scenes[1] if settings.images is None else settings.images
+    dataset, folder = examples_for(trained, settings.weights, settings.data, settings.split, count)
     if isinstance(dataset, EvalImages):
         items = dataset.split.items[: settings.images]
         if settings.submission is None and all(item.mask is None for item in items):
@@ -245,15 +237,17 @@ def finish(
     for row in rows.values():  # each figure says what it is of, wherever it is copied to
         row["protocol"] |= {"data": data, "split": settings.split, "weights": weights, "versions": versions()}
         row["protocol"]["crf_settings"] = crf if row["protocol"]["crf"] else None
-    console.print(table(settings, data, rows))
+    console.print(table(settings, rows))
     if settings.per_class:
         console.print(per_class(trained.classes, rows))
-    for note in notes(settings, rows):
+    for note in notes(settings, data, rows):
         console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
     where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
     record = {"classes": trained.classes, "rows": rows, "computed_on": where}
+    old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
     write_text(settings.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    console.print(f"wrote {settings.out}", soft_wrap=True, markup=False)
+    lost = "" if old is None or old[:3] == new[:3] else f", replacing the figures of {old[3]} on {old[0]} of {old[1]}"
+    console.print(f"wrote {settings.out}{lost}", soft_wrap=True, markup=False)
     if settings.submission is not None:
         console.print(
             f"wrote the label maps of {settings.rows[-1]} to {settings.pictures()}; for the server: "
@@ -262,9 +256,19 @@ def finish(
         )  # fmt: skip
 
 
-def table(settings: Settings, data: str, rows: dict[str, dict[str, Any]]) -> Table:
+def subject(path: Path) -> tuple[str, str, str, str] | None:
+    """What the figures in a JSON of ours are of: split, data, digest and file of the weights; None for other files."""
+    try:
+        row = next(iter(json.loads(path.read_text(encoding="utf-8"))["rows"].values()))
+        said, weights = row["protocol"], row["protocol"]["weights"]
+        return said["split"], said["data"], weights["sha256_16"], weights["file"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+def table(settings: Settings, rows: dict[str, dict[str, Any]]) -> Table:
     """One line a row, one column a figure."""
-    made = Table(title=escape(f"{settings.weights} on {settings.split} of {data}, in percent"))
+    made = Table(title=escape(f"{settings.weights.name} on {settings.split}, in percent"))
     made.add_column("")
     for head in COLUMNS.values():
         made.add_column(head, justify="right")
@@ -276,13 +280,14 @@ def table(settings: Settings, data: str, rows: dict[str, dict[str, Any]]) -> Tab
 def per_class(classes: tuple[str, ...], rows: dict[str, dict[str, Any]]) -> Table:
     """IoU of each label: segmentation and both CAMs by every row that has them."""
     kinds = {"seg": "seg.", "cam": "CAM", "cam_inter": "inter\nCAM"}
-    made = Table(box=SIMPLE_HEAD, title="IoU of each label, in percent")
-    made.add_column("label", no_wrap=True)
+    made = Table(box=SIMPLE_HEAD, title="IoU of each label, in percent", padding=(0, 1, 0, 0))
+    made.add_column("label", overflow="fold")
     lists = []
     for kind, head in kinds.items():
         for name, row in rows.items():
             if any(value is not None for value in row["iou"].get(kind, ())):
-                made.add_column(f"{head}\n{name}", justify="right")
+                broken = name.replace("-", "-\n")  # four rows have to fit 80 characters
+                made.add_column(f"{head}\n{broken}", justify="right", overflow="fold")
                 lists.append(row["iou"][kind])
     for number, label in enumerate(("background", *classes)):
         made.add_row(escape(label), *(cell(values[number]) for values in lists))
@@ -294,14 +299,15 @@ def cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def notes(settings: Settings, rows: dict[str, dict[str, Any]]) -> list[str]:
+def notes(settings: Settings, data: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """What the figures are of, in words."""
     first = next(iter(rows.values()))
     images = first["images"]
     known = "the image's labels known" if settings.labels == "known" else "the classes that it predicts itself"
     said = [
-        f"{images['looked_at']:,} of {images['listed']:,} images at their own size, {images['segmentation']:,} with a "
-        f"mask; background counts, 255 does not, nor does a class that no mask shows; {settings.precision}.",
+        f"{settings.weights} on {settings.split} of {data}: {images['looked_at']:,} of {images['listed']:,} images at "
+        f"their own size, {images['segmentation']:,} with a mask; background counts, 255 does not, nor does a class "
+        f"that no mask shows; {settings.precision}.",
         "seg.: the segmentation head, without labels. CAM, inter CAM: the class activation maps of the final and the "
         f"intermediate classifier, with {known}, and the mean average precision of that classifier.",
     ]

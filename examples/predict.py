@@ -285,7 +285,7 @@ class Files(Dataset[tuple[str, Tensor | str]]):
 
 
 def run(settings: Settings, console: Console) -> int:
-    """Segment what is not done yet; 1 if a file was skipped."""
+    """Segment what is not done yet; 1 if a file was skipped, 2 if every one was."""
     settings.check()
     device = torch.device("cpu" if on_cpu(settings.device, settings.precision) else "cuda")
     found = find(settings.inputs, settings.out)
@@ -318,7 +318,7 @@ def run(settings: Settings, console: Console) -> int:
         f"wrote {' and '.join(settings.folders())} of {len(todo) - len(skipped):,} images to {settings.out}{kept}, "
         f"skipped {len(skipped):,}",
     )
-    return 1 if skipped else 0
+    return 2 if len(skipped) == len(names) else 1 if skipped else 0
 
 
 def segment_all(

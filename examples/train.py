@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -155,14 +156,20 @@ class Run:
             if not self.examples.scored(config.val_images):
                 raise ValueError(f"--val-images: none of the first {config.val_images} has a mask. Raise it.")
         self.same = {"classes": list(self.classes), "samples": fingerprint(self.samples.names())}
-        self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
         self.scored = [config.val_split, config.val_images]
         self.start, self.best, self.owed = 0, -1.0, False
         self.log: Log | None = None
+        if config.resume:
+            self.resume()
+        else:
+            self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint."""
-        content = load_checkpoint(self.config.out, self.config, same=self.same)
+        """Go on from the newest checkpoint; of another run, it is refused before a network is built."""
+        config = self.config
+        content = load_checkpoint(config.out, config, same=self.same)
+        bare = replace(config, pretrained=False, checkpoint=None)  # the checkpoint has all weights
+        self.trainer = Trainer(bare, self.samples, len(self.classes), self.accelerator)
         self.trainer.load(content)
         self.start = content["step"]
         if content["scored"] == self.scored:  # else the best so far is of other images
@@ -348,8 +355,6 @@ def main() -> int:
             claim(config.out, config.resume)
         accelerator.wait_for_everyone()
         run = Run(config, accelerator, console)
-        if config.resume:
-            run.resume()
         code = run.train()
         accelerator.end_training()
         if code == 0:

@@ -109,7 +109,7 @@ def test_a_list_that_cannot_be_used_is_refused_by_file_and_entry(text, message, 
 
 
 def test_a_missing_split_names_those_that_are_there(folder):
-    with pytest.raises(FileNotFoundError, match=r"there is no .*test\.json; splits found: train, val"):
+    with pytest.raises(FileNotFoundError, match=r"no .*test\.json; splits found: train, val\. Check --data and"):
         read_split(folder, "test")
 
 

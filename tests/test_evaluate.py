@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import evaluate as script
@@ -32,6 +33,7 @@ from recipe.evaluation import (
 from recipe.network import small_ffr
 from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import Trained, save_weights
+from rich.console import Console
 from torch.nn import functional as F
 
 from ffr import DenseCRF
@@ -414,7 +416,7 @@ def test_the_table_and_the_json_are_those_of_the_function(command, folder):
         assert (protocol["crf_settings"] is None) is not protocol["crf"]
     assert record["rows"]["multi"]["thresholds"]["cam"] == {"value": 0.4, "source": FIXED}
     assert f"{expected[1]['seg_miou']:.1f}" in said and "fixed beforehand" in said and "chosen" not in said
-    assert "background" in said and "10 with a mask" in said
+    assert "background" in said and "10 with a mask" in said and "best.safetensors on val, in percent" in said
 
 
 def test_a_sweep_is_marked_in_table_and_json(command):
@@ -430,6 +432,38 @@ def test_without_data_the_scenes_of_the_training_are_scored(command, tmp_path):
     code, said, record = command("--rows", "single", weights=path, data=None, images=6, split="test")
     assert code == 0 and record["rows"]["single"]["images"]["listed"] == 6
     assert record["rows"]["single"]["protocol"]["data"] == "embedded scenes of 64 px" and "ankle boot" in said
+
+
+def test_figures_of_something_else_are_not_replaced_without_a_word(command, weights, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_weights(other, small().state_dict(), replace(SCENES, hidden=32), ("a", "b", "c"))
+    for path, lost in ((weights, False), (weights, False), (other, True)):
+        code, said, _ = command("--rows", "single", "--images", 2, weights=path)
+        assert code == 0 and (f"scores.json, replacing the figures of {weights} on val of " in said) is lost, said
+    (tmp_path / "scores.json").write_text("[]")
+    code, said, _ = command("--rows", "single", "--images", 2)
+    assert code == 0 and "replacing" not in said
+
+
+def test_four_rows_fit_eighty_characters_with_their_names():
+    rows = {name: {"iou": {"seg": [12.3] * 4}} for name in ("single", "multi", "single-crf", "multi-crf")}
+    for name in ("single", "multi"):
+        rows[name] = {"iou": dict.fromkeys(("seg", "cam", "cam_inter"), [12.3] * 4)}
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(script.per_class(("a dining table", "horse", "person"), rows))
+    said = console.export_text()
+    assert "…" not in said and said.count("single") == 4 and said.count("12.3") == 32
+
+
+def test_a_folder_that_the_weights_name_from_elsewhere_is_asked_for(command, tmp_path):
+    path = tmp_path / "moved.safetensors"
+    for data, where in ((Path("data/mk"), r", relative to where train\.py ran"), (tmp_path / "gone", "")):
+        save_weights(path, small().state_dict(), replace(SCENES, hidden=32, data=data), ("a", "b", "c"))
+        code, said, _ = command(weights=path, data=None)
+        assert code == 2
+        assert re.search(
+            rf"--data: there is no folder {data}, .*recorded in .*moved.safetensors{where}\. Pass --d", said
+        )
 
 
 def test_a_submission_has_the_folders_of_the_server_and_needs_no_mask(command, folder, tmp_path):
@@ -518,7 +552,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_in_them_runs(command, w
     save_weights(path, state, config, ("a", "b"))
     refused(r"--weights: .*odd\.safetensors is of another model: it has another shape of")
     save_weights(path, small(2).state_dict(), config, ("a", "b"))
-    refused(r"--data: .* has the 3 classes a, b, c.*odd\.safetensors was trained on 2: a, b")
+    refused(r"--data: .* has the 3 classes a, b, c; .*odd\.safetensors was trained on 2 classes a, b\. They must")
     refused(r"--weights: there is no file .*gone", weights=tmp_path / "gone")
     pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists()  # the trap works

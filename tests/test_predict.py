@@ -187,6 +187,12 @@ def test_a_broken_file_is_skipped_and_named_and_the_others_are_done(command, pho
     assert len(files(tmp_path / "out/labels")) == 5
 
 
+def test_broken_files_alone_are_no_success(command, tmp_path):
+    (tmp_path / "empty.png").touch()
+    code, said = command(tmp_path / "empty.png")
+    assert code == 2 and "skipped: " in said and "of 0 images" in said
+
+
 def test_the_same_command_goes_on_where_it_was_cut_off(command, photos, tmp_path, monkeypatch):
     original, done = script.save, []
 
@@ -345,4 +351,4 @@ def test_no_two_images_share_a_name_in_any_case_and_names_stay(chosen, split):
 )
 def test_what_cannot_be_done_is_said_by_flag_or_file(given, message, command, photos):
     code, said = command(*(each.format(photos) for each in given))
-    assert code in (1, 2) and message in said
+    assert code == 2 and message in said

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import train
 from PIL import Image
@@ -38,6 +39,7 @@ FEW = {
     "save_every": 2, "val_every": 4, "device": "cpu",
 }  # fmt: skip
 COCO = PRESETS["coco"][1]
+CREATE = timm.create_model
 
 
 def flags(**settings):
@@ -310,6 +312,53 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_flags(settings, message, 
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
 
 
+TINY = {
+    "model": "vit_tiny_patch16_224", "crop": 64, "hidden": 64, "dilation": 2, "cam_scales": (1.0,), "steps": 2,
+    "seg_start": 9, "affinity_start": 9, "val_every": 0, "save_every": 1,
+}  # fmt: skip
+
+
+def offline(*args, pretrained, **kwargs):
+    """timm.create_model without a network: the hub's LocalEntryNotFoundError is a FileNotFoundError."""
+    if pretrained:
+        raise FileNotFoundError("An error happened while trying to locate the file on the Hub. Please check ...")
+    return CREATE(*args, pretrained=pretrained, **kwargs)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(monkeypatch, capsys, tmp_path):
+    out, start = tmp_path / "run", tmp_path / "start.pth"
+    torch.save(CREATE("vit_tiny_patch16_224").state_dict(), start)
+    assert run(monkeypatch, out=out, checkpoint=start, **TINY) == 0
+    start.unlink()
+    (out / "checkpoint-00000002.pt").unlink()
+    whole = load_file(out / "last.safetensors")
+    assert run(monkeypatch, out=out, checkpoint=start, resume=True, workers=1, **TINY) == 0
+    ours = load_file(out / "last.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+    assert [line["config"]["checkpoint"] for line in logged(out, "run")] == [str(start)] * 2
+    assert load_weights(out / "last.safetensors").config.checkpoint == start
+
+
+def test_a_run_goes_on_without_a_network(monkeypatch, capsys, tmp_path):
+    def downloaded(*args, pretrained, **kwargs):
+        return CREATE(*args, pretrained=False, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("timm.create_model", downloaded)
+        assert run(patch, out=out, pretrained=True, **TINY) == 0
+    (out / "checkpoint-00000002.pt").unlink()
+    whole = load_file(out / "last.safetensors")
+    monkeypatch.setattr("timm.create_model", offline)
+    assert run(monkeypatch, out=out, pretrained=True, resume=True, **TINY) == 0
+    ours = load_file(out / "last.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+    assert load_weights(out / "last.safetensors").config.pretrained
+    monkeypatch.setattr(train, "Trainer", None)  # refused before anything is built
+    assert run(monkeypatch, out=out, pretrained=True, resume=True, **{**TINY, "lr": 1.0}) == 2
+    assert "--lr was 0.002, now 1.0" in capsys.readouterr().err
+
+
 def test_other_images_are_another_run(monkeypatch, tmp_path, capsys):
     data = make_folder(tmp_path / "data")
     small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "dilation": 2, "steps": 2, "val_every": 0}
@@ -507,6 +556,21 @@ def test_an_image_that_breaks_on_the_way_is_named_and_the_steps_before_are_kept(
 def test_what_this_machine_or_folder_lacks_is_said_by_flag(settings, message, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, out=tmp_path / "run", **settings) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_weights_to_start_from_that_cannot_be_had_are_said_by_flag(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("timm.create_model", offline)
+    assert run(monkeypatch, out=tmp_path / "run", pretrained=True, **TINY) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"train: --pretrained: cannot download timm's weights of vit_tiny_patch16_224 \(An error h", said)
+    assert "Use --no-pretrained, with --checkpoint FILE" in said
+    for name, content in (("nope.pth", None), ("empty.pth", b""), ("half.pth", b"PK\3\4half"), ("x.safetensors", b"x")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert run(monkeypatch, out=tmp_path / "run", checkpoint=tmp_path / name, **TINY) == 2
+        said = capsys.readouterr().err
+        assert re.match(rf"train: --checkpoint: cannot read {tmp_path / name} \(.+\)\.\n$", said), said
+        assert said.count(name) == 1
 
 
 def test_output_that_cannot_be_written_is_refused_before_anything_is_built(monkeypatch, capsys, tmp_path):

@@ -72,7 +72,10 @@ def read_split(folder: Path, split: str) -> Split:
     path = Path(folder) / f"{split}.json"
     if not path.is_file():
         found = ", ".join(sorted(p.stem for p in Path(folder).glob("*.json") if p.stem != "prepare")) or "none"
-        raise FileNotFoundError(f"read_split: there is no {path}; splits found: {found}. Run a prepare_*.py script.")
+        raise FileNotFoundError(
+            f"read_split: there is no {path}; splits found: {found}. Check --data and the name of the split, or run a "
+            "prepare_*.py script."
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         classes, entries = raw["classes"], raw["items"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -11,16 +12,31 @@ from recipe.config import SMALL, Config
 
 
 def build_model(config: Config, num_classes: int) -> FFR:
-    """The network of a run; its first weights follow torch's seed, or come from where `config` says."""
+    """The network of a run; its first weights follow torch's seed, or come from where `config` says.
+
+    Raises:
+        ValueError: for a model that cannot be built, or weights that cannot be had; names the flag.
+    """
     if config.model == SMALL:
         return small_ffr(num_classes, config.crop, mu=config.mu, hidden=config.hidden, dilation=config.dilation)
-    encoder = timm_encoder(
-        config.model,
-        pretrained=config.pretrained,
-        checkpoint=config.checkpoint,
-        intermediate=config.intermediate,
-        img_size=config.crop,  # position embeddings of the training grid, resampled once and not in every step
-    )
+    try:
+        encoder = timm_encoder(
+            config.model,
+            pretrained=config.pretrained,
+            checkpoint=config.checkpoint,
+            intermediate=config.intermediate,
+            img_size=config.crop,  # position embeddings of the training grid, resampled once and not in every step
+        )
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        if config.checkpoint is not None:
+            raise ValueError(f"--checkpoint: cannot read {config.checkpoint} ({said.rstrip('.')}).") from error
+        if config.pretrained:
+            raise ValueError(
+                f"--pretrained: cannot download timm's weights of {config.model} ({said.rstrip('.')}). Use "
+                "--no-pretrained, with --checkpoint FILE for weights from a local file."
+            ) from error
+        raise
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return FFR(encoder, num_classes, mu=config.mu, hidden=config.hidden, dilation=config.dilation)
 

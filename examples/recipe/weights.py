@@ -17,6 +17,7 @@ from torch import Tensor
 import ffr
 from ffr import FFR
 from recipe.config import Config
+from recipe.data import EvalImages, SceneExamples, evaluation_data
 from recipe.files import written
 from recipe.network import build_model
 
@@ -81,6 +82,40 @@ def load_weights(path: Path, device: str | torch.device = "cpu") -> Trained:
         raise ValueError(f"--weights: the settings in {path} cannot be used: {error}.") from error
     fill(model, state, f"--weights: {path}")
     return Trained(model.eval().to(device), config, classes, about)
+
+
+def examples_for(
+    trained: Trained, weights: Path, data: Path | None, split: str, count: int
+) -> tuple[EvalImages | SceneExamples, Path | None]:
+    """The images of a split for trained weights, and their folder: `data`, else the one that they were trained on.
+
+    Args:
+        trained, weights: what `load_weights` gave, and of which file.
+        data: a prepared folder.
+        split: which list of it.
+        count: how many embedded scenes, where there is no folder.
+
+    Raises:
+        FileNotFoundError: if folder or list is not there; says where the path came from.
+        ValueError: if its classes are not those of the weights.
+    """
+    folder = trained.config.data if data is None else data
+    if data is None and folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"--data: there is no folder {folder}, which is recorded in {weights}"
+            f"{'' if folder.is_absolute() else ', relative to where train.py ran'}. Pass --data."
+        )
+    dataset, classes = evaluation_data(replace(trained.config, data=folder, scenes=(1, count)), split)
+    if classes != trained.classes:
+        raise ValueError(
+            f"--data: {folder or 'the embedded scenes'} has the {_listed(classes)}; {weights} was trained on "
+            f"{_listed(trained.classes)}. They must be the same, in the same order."
+        )
+    return dataset, folder
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return f"{len(classes)} classes {', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''}"
 
 
 def fill(model: FFR, state: Mapping[str, Tensor], owner: str) -> None:
