@@ -19,7 +19,7 @@ import glob
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,12 +27,12 @@ try:
     import torch
     from predict import absolute, images_in
     from recipe.config import on_cpu
-    from recipe.data import SUFFIXES, Example, evaluation_data, read_image
+    from recipe.data import SUFFIXES, Example, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
     from recipe.files import write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
     from recipe.prepare import command, counter
-    from recipe.weights import Trained, load_weights, versions
+    from recipe.weights import Trained, examples_for, load_weights, versions
     from rich.console import Console
     from torchvision.transforms.v2 import functional as F
 except ImportError as error:
@@ -123,15 +123,7 @@ def open_images(settings: Settings, trained: Trained) -> Source:
 
 def open_data(settings: Settings, trained: Trained) -> Source:
     """A split of a prepared folder, or embedded scenes."""
-    config = trained.config
-    folder = config.data if settings.data is None else settings.data
-    dataset, classes = evaluation_data(replace(config, data=folder, scenes=(1, settings.count)), settings.split)
-    if classes != trained.classes:
-        raise ValueError(
-            f"--data: {folder or 'the embedded scenes'} has the {len(classes)} classes {', '.join(classes[:4])}, ...; "
-            f"{settings.weights} was trained on {len(trained.classes)}: {', '.join(trained.classes[:4])}, ... "
-            "They must be the same, in the same order."
-        )
+    dataset, folder = examples_for(trained, settings.weights, settings.data, settings.split, settings.count)
     if folder is None:
         return Source(
             len(dataset), dataset.__getitem__, str, f"embedded scenes, {settings.split}", "known from the scenes"
