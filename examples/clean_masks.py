@@ -135,6 +135,13 @@ def run(settings: Settings, console: Console) -> tuple[list[dict[str, Any]], lis
     return rows, shown, scenes
 
 
+def coloured(label: Tensor) -> Any:
+    """Colours of the classes, on white: the dark ones among them are hard to see on black."""
+    colours = draw.palette()
+    colours[0] = 255
+    return colours[label.numpy()]
+
+
 def picture(path: Path, shown: list[list[Tensor]], scenes: Scenes, settings: Settings) -> None:
     """One row a scene and kind of mask: image, each step, truth."""
     heads = ("image", *STEPS, "truth")
@@ -144,7 +151,7 @@ def picture(path: Path, shown: list[list[Tensor]], scenes: Scenes, settings: Set
     for row, (line, labels) in enumerate(zip(axes, shown, strict=True)):
         scene, kind = divmod(row, len(KINDS))
         image, mask = scenes.images[scene], scenes.masks[scene]
-        panels = [image.permute(1, 2, 0).numpy(), *(draw.colorize(label) for label in (*labels, mask))]
+        panels = [image.permute(1, 2, 0).numpy(), *(coloured(label) for label in (*labels, mask))]
         for axis, panel, head in zip(line, panels, heads, strict=True):
             axis.imshow(panel, interpolation="nearest")
             axis.set_xticks([])
@@ -154,7 +161,7 @@ def picture(path: Path, shown: list[list[Tensor]], scenes: Scenes, settings: Set
         line[0].set_ylabel(list(KINDS)[kind].replace(" a cell", "\na cell").replace("over by", "over\nby"), fontsize=9)
     figure.suptitle(
         f"Masks of {settings.size} x {settings.size} scenes, coarsened to {settings.grid} x {settings.grid}, refined; "
-        "colours are classes, black is background",
+        "colours are classes, white is background",
         fontsize=10,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=0.3, w_pad=0.3)
