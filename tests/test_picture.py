@@ -71,6 +71,14 @@ def test_the_box_in_the_spectrum_holds_the_low_band_and_nothing_else(height, wid
         assert (inside == (np.abs(frequency) <= mu))[below_nyquist].all()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (4, 6)])
+def test_tokens_that_are_all_alike_have_an_empty_spectrum_and_no_warning(size, recwarn):
+    axis, spectrum = Figure().subplots(), np.zeros(size, dtype=np.float32)
+    picture.draw_spectrum(axis, spectrum, 0.4)
+    assert np.isfinite(np.asarray(axis.images[0].get_array())).all()
+    assert not spectrum.any() and not recwarn
+
+
 def test_each_panel_shows_what_stands_above_it(monkeypatch, tmp_path):
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, 16, 16), generator=random).byte()

@@ -147,8 +147,9 @@ def _enlarge(maps: Tensor, image: Tensor) -> Tensor:
 def draw_spectrum(axis: Axes, spectrum: np.ndarray, mu: float) -> None:
     """Draw what `spectrum_of` gave, as an array, with the box of the low band."""
     height, width = spectrum.shape
-    spectrum[height // 2, width // 2] = spectrum.max()  # the mean, which was left out, would outshine the rest
-    axis.imshow(np.log(spectrum + 1e-3 * spectrum.max()), cmap="magma", interpolation="nearest")
+    relative = spectrum / (spectrum.max() or 1.0)  # 0: one token, or tokens that are all alike
+    relative[height // 2, width // 2] = 1  # the mean, which was left out, would outshine the rest
+    axis.imshow(np.log(relative + 1e-3), cmap="magma", interpolation="nearest")
     x, y = passed(width, mu), passed(height, mu)
     corner = (width // 2 - x - 0.5, height // 2 - y - 0.5)  # zero frequency lies at n // 2 after the shift
     axis.add_patch(Rectangle(corner, 2 * x + 1, 2 * y + 1, fill=False, edgecolor="#4af", linewidth=1.4))
