@@ -33,6 +33,7 @@ try:
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
     from recipe.prepare import command, counter
     from recipe.weights import Trained, examples_for, load_weights, versions
+    from recipe.words import as_spelt
     from rich.console import Console
     from torchvision.transforms.v2 import functional as F
 except ImportError as error:
@@ -150,6 +151,7 @@ class Found(NamedTuple):
     """An image that could be read: its number in the source, what it is called, what was seen of it at a glance."""
 
     index: int
+    name: str
     glance: Glance
 
 
@@ -177,14 +179,15 @@ class Album:
                     self.left_out[self.source.name(index)] = str(error)
                     continue
                 self.predicted += example.labels is None
-                self.found.append(Found(index, self.motivation.add(example.image, example.labels)))
+                glance = self.motivation.add(example.image, example.labels)
+                self.found.append(Found(index, example.name, glance))
         if not self.found:
             raise ValueError(f"no image could be read: {next(iter(self.left_out.values()))}")
 
     def closely(self, place: int) -> Seen:
         """Everything about the image at that place in `found`."""
         if place not in self._seen:
-            index, glance = self.found[place]
+            index, _, glance = self.found[place]
             row = torch.zeros(len(self.trained.classes))
             row[sorted(glance.labels)] = 1
             example = shrink(self.source.get(index), self.settings.max_side)
@@ -252,20 +255,25 @@ def run(settings: Settings, console: Console) -> int:
         raise ValueError(f"--out: cannot make {settings.out} ({error.strerror or error}). Name another one.") from error
     album = Album(settings, trained, source)
     album.look(console)
-    for number, save in draw_all(album).items():
-        path = settings.out / f"figure{number}.png"
-        try:
-            with written(path) as part:
-                save(part)
-        except OSError as error:
-            raise ValueError(f"--out: cannot write {path} ({error.strerror or error}).") from error
-        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    with as_spelt([*trained.classes, *(found.name for found in album.found), *album.notes()]) as boxes:
+        for number, save in draw_all(album).items():
+            path = settings.out / f"figure{number}.png"
+            try:
+                with written(path) as part:
+                    save(part)
+            except OSError as error:
+                raise ValueError(f"--out: cannot write {path} ({error.strerror or error}).") from error
+            console.print(f"wrote {path}", soft_wrap=True, markup=False)
     if 4 in settings.figures:
         path = settings.out / "figure4.json"
         write_text(path, json.dumps(record_of(album), indent=2, ensure_ascii=False) + "\n")
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     for name, problem in list(album.left_out.items())[:SHOWN]:
         console.print(f"- left out: {name}: {problem}", soft_wrap=True, markup=False, highlight=False)
+    if boxes:
+        some = " ".join(sorted(boxes)[:SHOWN])
+        said = f"- boxes stand for {some}: no installed font has them. Install one that does, such as Noto."
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
     return 1 if album.left_out else 0
 
 

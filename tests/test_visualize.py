@@ -2,16 +2,33 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 import visualize
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from recipe.config import SCENES
 from recipe.data import Example, Item, write_split
-from recipe.figures import listed
+from recipe.figures import (
+    BOTH,
+    OTHERS_NAMED,
+    PANEL,
+    SMALL,
+    colour_of,
+    listed,
+    motivation_figure,
+    objects_figure,
+    outline,
+    twice_colour,
+)
 from recipe.look import (
     Glance,
     Motivation,
@@ -27,6 +44,7 @@ from recipe.look import (
 from recipe.network import build_model
 from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import Trained, save_weights
+from recipe.words import fonts_for, width
 from torch.testing import assert_close
 
 from ffr import split_bands
@@ -76,6 +94,13 @@ def picture(path, size=(50, 71), seed=0):
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, arguments)])
     return visualize.main()
+
+
+@pytest.fixture(scope="module")
+def trained_numbers(trained, scene):
+    motivation = Motivation(trained)
+    motivation.add(scene.image, scene.labels)
+    return motivation.numbers()
 
 
 # What is shown ----------------------------------------------------------------------------------------------------
@@ -183,8 +208,80 @@ def test_fig_1_takes_the_greatest_change_for_two_classes():
 def test_names_that_find_no_room_are_counted():
     assert listed(["a", "b"]) == "a, b"
     assert listed(["dining table", "potted plant", "wine glass", "cup"]) == "dining table and 3 more"
-    assert listed(["dining table", "plant", "glass", "cup", "fork"]) == "dining table, plant and 3 more"
+    assert listed(["dining table", "plant", "glass", "cup", "forks"]) == "dining table, plant and 3 more"
     assert listed([]) == "no class"
+    assert width(listed(["dining table", "potted plant", "wine glass", "cup"]), SMALL) <= PANEL
+
+
+def test_selected_twice_has_a_colour_unlike_those_of_the_classes():
+    assert twice_colour(0, 1) in BOTH
+    for one, other in combinations(range(80), 2):
+        for taken in (*map(colour_of, (one, other)), (0, 0, 0), (1, 1, 1)):
+            assert np.abs(np.subtract(to_rgb(twice_colour(one, other)), taken)).sum() > 0.5
+
+
+@pytest.mark.parametrize("below", ["black", "white", "#fff2aa", "#ffd60a", "#c0345c", "grey"])
+def test_the_box_around_the_patch_is_seen_on_any_colour(below):
+    figure = Figure(figsize=(1, 1), dpi=100, facecolor=below)
+    FigureCanvasAgg(figure).draw()
+    figure.add_artist(outline(0.3, 0.3, 0.4))
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba())[45:55, 20:40, :3].mean((0, 2)) / 255  # across its left side
+    assert drawn.min() < 0.2 and drawn.max() > 0.8  # dark and bright, whatever lies below
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 0.1, 0.4, 0.1, 0.3],
+        [0.6, 0.4, 0.2, 0.01],
+        [0.125, 0.25, 0.5],
+        [0.3, 0.3],
+        np.random.default_rng(0).random(13).tolist(),
+        np.sort(np.random.default_rng(1).random(13)).tolist(),
+        np.linspace(0.6, 0.2, 25).tolist(),
+    ],
+)
+def test_no_line_crosses_a_number_of_fig_4(trained_numbers, values):
+    names = [f"block {n + 1}" for n in range(len(values) - 1)]
+    share = dict(zip([*names, "final"], values, strict=True))
+    figure = motivation_figure({**trained_numbers, "high_band_share": share, "intermediate": "block 1"}, [])
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    points = axis.transData.transform(np.column_stack([range(len(values)), 100 * np.array(values)]))
+    numbers = [text for text in axis.texts if re.fullmatch(r"[0-9.]+", text.get_text())]
+    boxes = [Text.get_window_extent(number).padded(-1) for number in numbers]  # the text, without what it points at
+    assert len(numbers) == (len(values) if len(values) < 14 else 13)
+    for box in boxes:
+        x = np.linspace(max(box.x0, points[0, 0]), min(box.x1, points[-1, 0]))
+        y = np.interp(x, *points.T)
+        assert x[0] > x[-1] or not ((box.y0 < y) & (y < box.y1)).any()
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_predicted_classes_that_are_no_label_are_in_the_legend(trained, scene):
+    seen = see(trained, scene)
+    names = [f"class {k}" for k in range(20)]
+    prediction = torch.zeros_like(seen.prediction)
+    for place, k in enumerate((12, 13, 14, 15, 16)):  # ever more pixels
+        prediction[place, : place + 1] = k + 1
+    page = objects_figure([seen._replace(prediction=prediction)], names, Counter(), 1, ["A note."])
+    legend = [text.get_text() for text in page.figure.legends[0].texts]
+    alone = [f"class {k} (predicted, no label)" for k in (16, 15, 14, 13)]
+    assert legend[-OTHERS_NAMED:] == alone
+    assert {f"class {k}" for k in seen.classes} < set(legend)
+    words = " ".join(text.get_text() for text in page.figure.texts)
+    assert "1 more predicted class covers less" in words
+    prediction[10, 0] = 19
+    page = objects_figure([seen._replace(prediction=prediction)], names, Counter(), 1, [])
+    assert "2 more predicted classes cover less" in " ".join(text.get_text() for text in page.figure.texts)
+
+
+def test_an_image_without_a_class_is_shown_where_its_cam_would_be(trained, scene):
+    seen = see(trained, scene._replace(labels=torch.zeros(len(CLASSES))))
+    page = objects_figure([seen], CLASSES, Counter(), 1, [])
+    assert np.array_equal(page.axes[0][1].images[0].get_array(), scene.image.permute(1, 2, 0))
+    assert [text.get_text() for text in page.axes[0][1].texts] == ["no class"]
 
 
 # The script -------------------------------------------------------------------------------------------------------
@@ -244,6 +341,56 @@ def test_an_image_without_any_label_is_drawn_too(weights, monkeypatch, tmp_path)
     assert run_main(monkeypatch, "--weights", weights, "--data", tmp_path, "--out", tmp_path / "out") == 0
     record = json.loads((tmp_path / "out" / "figure4.json").read_text())
     assert record["selected_fraction"] is None and record["pairs"] == 0
+
+
+ODD = (
+    "North American river otter (Lontra canadensis)",
+    "cost $5 to $6",
+    "a$_$b",
+    "European mink (Mustela lutreola), a riverbank form with a name that nobody would ever print in full anywhere",
+)
+
+
+def test_odd_names_and_shapes_are_drawn_as_they_are_spelt_in_their_room(monkeypatch, tmp_path, recwarn):
+    shapes = [(60, 90), (90, 60), (1, 1), (20, 90), (90, 20), (64, 64)]
+    names = ["a$_$b.png", f"IMG_{'holiday_' * 20}.png", "one.png", "wide.png", "tall.png", "plain.png"]
+    labels = [(0, 1, 3), (0, 3), (0,), (0, 3), (2, 3), ()]
+    files = [
+        picture(tmp_path / "in" / name, shape, n) for n, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    ]
+    torch.manual_seed(0)
+    model = build_model(CONFIG, len(ODD))
+    save_weights(tmp_path / "odd.safetensors", model.state_dict(), CONFIG, ODD, step=7)
+    items = [Item(path.name, path, None, row) for path, row in zip(files, labels, strict=True)]
+    write_split(tmp_path / "in", "val", ODD, items)
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+    arguments = ("--weights", tmp_path / "odd.safetensors", "--data", tmp_path / "in", "--rows", 6)
+    assert run_main(monkeypatch, *arguments, "--out", tmp_path / "out") == 0
+    assert not recwarn
+    said = set()
+    for figure in drawn[:3]:
+        page, panels = figure.bbox, [axis.get_window_extent() for axis in figure.axes]
+        texts = [*figure.texts, *figure.legends[0].texts] if figure.legends else list(figure.texts)
+        texts += [text for axis in figure.axes for text in axis.texts]
+        boxes = [text.get_window_extent().padded(-1.5) for text in texts]
+        said |= {text.get_text() for text in texts}
+        for text, box in zip(texts, boxes, strict=True):
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text
+            assert not any(box.overlaps(panel) for panel in panels), text
+        for (one, a), (other, b) in combinations(zip(texts, boxes, strict=True), 2):
+            assert not a.overlaps(b), (one, other)
+    assert {"cost $5 to $6", "a$_$b.png", "no class"} < said
+
+
+def test_letters_that_no_font_has_are_named(weights, monkeypatch, tmp_path, capsys):
+    picture(tmp_path / "\u732b.png")
+    assert (
+        run_main(monkeypatch, "--weights", weights, "--images", tmp_path, "--figures", 3, "--out", tmp_path / "out")
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert ("boxes stand for \u732b:" in printed) == bool(fonts_for({"\u732b"})[1])
 
 
 def test_a_broken_image_is_left_out_and_named(weights, monkeypatch, tmp_path, capsys):
