@@ -86,7 +86,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
             for image in labels:
                 count = int(torch.randint(1, most + 1, (), generator=generator))
                 image[torch.randperm(classes, generator=generator)[:count]] = 1
-            bound = int(labels.sum(1).max())
+            bound = int((labels > 0.5).sum(1).max())
             features, cam, labels = features.to(device), cam.to(device), labels.to(device)
             forms = {
                 "loop": partial(looped, cam=cam, labels=labels),

@@ -1,6 +1,6 @@
-"""The one wording of a shape, dtype or range error. Looks at metadata only, never at tensor values."""
+"""The one wording of a shape, dtype or range error. Looks at metadata only: here no tensor value is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -88,6 +88,26 @@ def within(
             raise ValueError(
                 f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
             )
+
+
+def label_names(owner: str, /, *, num_classes: int, ignore_index: int) -> None:
+    """Refuse an `ignore_index` that is the label of background or of a class."""
+    if 0 <= ignore_index <= num_classes:
+        raise ValueError(
+            f"{owner}: expected `ignore_index` to be no label in 0..{num_classes} (K = {num_classes} classes), got "
+            f"{ignore_index}. Use a negative number, or one above."
+        )
+
+
+def reduced(owner: str, counts: Tensor, all_reduce: Callable[[Tensor], Tensor] | None, /) -> Tensor:
+    """The counts summed over ranks, where there are any; refuses a function that sums in place and gives nothing."""
+    total = counts if all_reduce is None else all_reduce(counts)
+    if not isinstance(total, Tensor):
+        raise TypeError(
+            f"{owner}: expected `all_reduce` to return the sum, got {type(total).__name__}. Let it copy its argument, "
+            "reduce the copy in place (torch.distributed.all_reduce) and return that."
+        )
+    return total
 
 
 def tokens(

@@ -32,7 +32,10 @@ def fits(features: Tensor, h: int, w: int) -> bool:
     """Whether the kernel takes these features: their dtype, and a grid of which a program holds enough channels."""
     channels = _TILE // (_padded(h) * _padded(w))
     # A program of tokens reads rows of so many channels: below eight it wastes most of what the memory delivers.
-    return features.dtype in _DTYPES and features.numel() > 0 and channels >= (8 if features.stride(1) != h * w else 1)
+    enough = channels >= (8 if features.stride(1) != h * w else 1)
+    # A long side needs more shared memory than there is, and the second axis of a launch ends at 65,535.
+    launches = max(_padded(h), _padded(w)) <= 512 and len(features) <= 65_535
+    return features.dtype in _DTYPES and features.numel() > 0 and enough and launches
 
 
 @torch.library.custom_op("ffr::split_bands", mutates_args=())

@@ -180,8 +180,11 @@ def multi_scale_cam(
     if max_present is not None and labels is None:
         raise ValueError(f"{owner}: `max_present` needs `labels`. Pass labels of shape (B, K).")
     height, width, batch = sizes["H"], sizes["W"], sizes["B"]
+    classes = {}
+    if labels is not None:
+        classes["K"] = _check.bind(owner, sizes=sizes, labels=(labels, "B K"))["K"]
     for maps in () if raw is None else _each(raw)[1]:
-        _check.bind(owner, sizes={"B": batch}, raw=(maps, "B K h w"))
+        _check.bind(owner, sizes={"B": batch, **classes}, raw=(maps, "B K h w"))
     single = False
     totals: list[Tensor] = []
     dtypes: list[torch.dtype] = []
@@ -191,10 +194,8 @@ def multi_scale_cam(
     with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
         pixels = to_float(images)
         ids = None
-        if labels is not None:
-            _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
-            if max_present is not None:
-                ids, _ = present_classes(labels, max_present)
+        if labels is not None and max_present is not None:
+            ids, _ = present_classes(labels, max_present)
         for scale in scales:
             size = (max(1, round(height * scale)), max(1, round(width * scale)))
             scaled = pixels
@@ -205,11 +206,13 @@ def multi_scale_cam(
             else:
                 single, found = _each(raw)
                 if flip:
-                    found = tuple(map(torch.cat, zip(found, _each(fn(scaled.flip(3)))[1], strict=True)))
+                    mirrored = _each(fn(scaled.flip(3)))
+                    mine, theirs = ([tuple(maps.shape) for maps in each] for each in (found, mirrored[1]))
+                    if (single, mine) != (mirrored[0], theirs):
+                        raise ValueError(f"{owner}: expected `raw` in the form of `fn`, maps of {theirs}, got {mine}.")
+                    found = tuple(map(torch.cat, zip(found, mirrored[1], strict=True)))
             for index, maps in enumerate(found):
-                expected = {"B": 2 * batch if flip else batch}
-                if labels is not None:
-                    expected["K"] = labels.shape[1]
+                expected = {"B": 2 * batch if flip else batch, **classes}
                 _check.bind(f"{owner}: result of `fn`", sizes=expected, maps=(maps, "B K h w"))
                 if ids is not None:
                     maps = take_classes(maps, torch.cat([ids, ids]) if flip else ids)
@@ -225,6 +228,12 @@ def multi_scale_cam(
                     totals[index] += maps.relu()
         cams = tuple(_finish(total, labels, ids).to(kept) for total, kept in zip(totals, dtypes, strict=True))
     return cams[0] if single else cams  # type: ignore[return-value]
+
+
+def whole_patches(maps: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Maps of an image, ``(B, C, H, W)``, with their border repeated up to what the token grid covers."""
+    extra = (0, grid[1] * patch_size - maps.shape[3], 0, grid[0] * patch_size - maps.shape[2])
+    return F.pad(maps, extra, mode="replicate") if any(extra) else maps
 
 
 def _each(maps: Maps) -> tuple[bool, tuple[Tensor, ...]]:
@@ -269,7 +278,8 @@ def cam_to_label(
         tensor([[[  0, 255,   1]]])
     """
     owner = "cam_to_label"
-    _check.bind(owner, cam=(cam, "B K H W"))
+    sizes = _check.bind(owner, cam=(cam, "B K H W"))
+    _check.label_names(owner, num_classes=sizes["K"], ignore_index=ignore_index)
     _check.floating(owner, cam=cam)
     if background is not None and high is None and low is None:
         _check.within(owner, background=background, at_most=1.0)

@@ -63,6 +63,7 @@ class FrequencyRectification(nn.Module):
         *,
         mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        patch_size: int | None = None,
         max_present: int | None = None,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         world_size: int = 1,
@@ -75,6 +76,8 @@ class FrequencyRectification(nn.Module):
             labels: multi-hot ``(B, K)``.
             mask: bool ``(B, h, w)``, False leaves a token out.
             grid: ``(h, w)``, for tokens.
+            patch_size: for a `cam` at the pixels of an image that is no whole number of patches, see
+                `ffr.prototypes.class_prototypes`.
             max_present: an upper bound of the classes present in one image, known on the host.
             all_reduce: sums a detached count over ranks, for a loss that does not depend on their number.
             world_size: number of ranks that `all_reduce` sums over.
@@ -83,7 +86,9 @@ class FrequencyRectification(nn.Module):
             ``Rectified(loss, low, high, selected)``; the bands have the shape of `features`.
         """
         low, high = self.frequency(features, grid=grid)
-        vectors, valid = self.prototypes(features, cam, labels, mask=mask, grid=grid, max_present=max_present)
+        vectors, valid = self.prototypes(
+            features, cam, labels, mask=mask, grid=grid, patch_size=patch_size, max_present=max_present
+        )
         selected = self.rectification.select(
             features=features, low=low, prototypes=vectors, valid=valid, mask=mask, grid=grid, max_present=max_present
         )
@@ -225,12 +230,16 @@ class FFR(nn.Module):
         """Raw final and intermediate CAM, ``(B, K, h, w)`` each, for `ffr.cam.multi_scale_cam`.
 
         Where the image is not a whole number of patches they come at the image's size instead, padding cut off.
-        `features` are those of the images, from `encode`, where they are at hand.
+        Tokens that the encoder's mask leaves out are 0. `features` are those of the images, from `encode`, where they
+        are at hand.
         """
         features = features or self.encode(images)
         height, width = images.shape[2:]
         patch = self.encoder.patch_size
-        raw = self.classifier.cam(features.final), self.intermediate_classifier.cam(features.intermediate)
+        final, intermediate, mask = features
+        raw = self.classifier.cam(final), self.intermediate_classifier.cam(intermediate)
+        if mask is not None:  # no class is to be found in padding
+            raw = raw[0].masked_fill(~mask[:, None], 0), raw[1].masked_fill(~mask[:, None], 0)
         if height % patch == 0 and width % patch == 0:
             return raw
         return to_image(raw[0], (height, width), patch), to_image(raw[1], (height, width), patch)

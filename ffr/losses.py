@@ -33,7 +33,7 @@ def segmentation_loss(
         world_size: number of ranks that `all_reduce` sums over; undoes the mean over ranks of data parallelism.
 
     Returns:
-        a scalar >= 0 in the dtype of `logits`. A half without pixels is exactly 0; so is the loss of a label that is
+        a scalar >= 0, at least float32. A half without pixels is exactly 0; so is the loss of a label that is
         `ignore_index` throughout, connected to the graph.
 
     Raises:
@@ -62,10 +62,9 @@ def segmentation_loss(
         background = (label == 0) & (label != ignore_index)
         foreground = (label != 0) & (label != ignore_index)
         counts = torch.stack([background.sum(), foreground.sum()]).to(full.dtype)
-        if all_reduce is not None:
-            counts = all_reduce(counts)
+        counts = _check.reduced(owner, counts, all_reduce)
         share = 0.5 * world_size / counts.clamp(min=1)
-        return (entropy * (background * share[0] + foreground * share[1])).sum().to(logits.dtype)
+        return (entropy * (background * share[0] + foreground * share[1])).sum()
 
 
 class SegmentationLoss(nn.Module):
@@ -127,7 +126,7 @@ def affinity_loss(
         world_size: number of ranks that `all_reduce` sums over; undoes the mean over ranks of data parallelism.
 
     Returns:
-        a scalar in [0, 1], in the dtype of `features`. A half without pairs is exactly 0, connected to the graph.
+        a scalar in [0, 1], at least float32. A half without pairs is exactly 0, connected to the graph.
 
     Raises:
         ValueError: if a shape does not fit.
@@ -151,6 +150,7 @@ def affinity_loss(
         _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
         _check.boolean(owner, mask=mask)
         label = torch.where(mask, label, ignore_index)
+        tokens = tokens.masked_fill(~mask.flatten(1)[..., None], 0)  # whatever a padding token holds, NaN too
     names = label.flatten(1)
     known = names != ignore_index
     pairs = known[:, :, None] & known[:, None]
@@ -163,12 +163,11 @@ def affinity_loss(
         unit = (tokens / torch.where(norm > 0, norm, 1)).to(tokens.dtype)
         alike = torch.bmm(unit, unit.transpose(1, 2)).abs().to(norm.dtype)
         counts = torch.stack([positive.sum(), negative.sum()]).to(norm.dtype)
-        if all_reduce is not None:
-            counts = all_reduce(counts)
+        counts = _check.reduced(owner, counts, all_reduce)
         sums = torch.stack([(alike * positive).sum(), (alike * negative).sum()])
         means = sums * (world_size / (counts + 1))
         halves = torch.stack([1 - means[0], means[1]]) * (counts > 0)
-        return (0.5 * halves.sum()).to(tokens.dtype)
+        return 0.5 * halves.sum()
 
 
 class AffinityLoss(nn.Module):
@@ -254,7 +253,7 @@ def dense_energy_loss(
         exact_gradient: off, the customary approximation :math:`-2 g (G S)` in place of the sum above, at half the cost.
 
     Returns:
-        a scalar <= 0 in the dtype of `logits`; exactly 0, connected to the graph, for an image without a region of
+        a scalar <= 0, at least float32; exactly 0, connected to the graph, for an image without a region of
         interest or without a label.
 
     Raises:
@@ -319,7 +318,7 @@ def dense_energy_loss(
         # E is half of P . dE/dP, for G is symmetric; what is taken off carries no gradient.
         total = (probs * slope).sum()
         energy: Tensor = (total - 0.5 * total.detach()) * (-weight / sizes["B"])
-        return energy.to(logits.dtype)
+        return energy
 
 
 class DenseEnergyLoss(nn.Module):

@@ -273,7 +273,7 @@ class BoundaryIoU(_Counts):
     def iou(self) -> Tensor:
         """Boundary IoU of each class: as `ConfusionMatrix.iou`, and NaN for background."""
         both, either, truth = self._table().double().unbind(1)
-        foreground = torch.arange(self.num_labels) > 0
+        foreground = torch.arange(self.num_labels, device=both.device) > 0
         return torch.where(foreground & (truth > 0), both / either, torch.nan)
 
     def miou(self) -> float:

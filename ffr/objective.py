@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffr import _check
-from ffr.cam import cam_to_label, multi_scale_cam, to_image
+from ffr.cam import cam_to_label, multi_scale_cam, to_image, whole_patches
 from ffr.encoder import Features
 from ffr.framework import FFR
 from ffr.losses import AffinityLoss, DenseEnergyLoss, SegmentationLoss
@@ -56,6 +56,7 @@ class FFRLoss(nn.Module):
         model: the network.
         start: step from which the segmentation losses, L_r and the dense energy count.
         affinity_start: step from which the affinity loss counts.
+        ignore_index: label of undecided pixels in the pseudo labels, none of 0..K: with 255 classes or more another.
         high, low: thresholds of the pseudo labels of both heads, see `ffr.refine.refine_label`.
         affinity_high, affinity_low: thresholds of the affinity label, see `ffr.cam.cam_to_label`.
         scales, flip: of the CAM that the labels come from, see `ffr.cam.multi_scale_cam`.
@@ -110,9 +111,11 @@ class FFRLoss(nn.Module):
         refinement: nn.Module | None = None,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
         world_size: int = 1,
+        ignore_index: int = 255,
     ) -> None:
         super().__init__()
         owner = "FFRLoss"
+        _check.label_names(owner, num_classes=model.num_classes, ignore_index=ignore_index)
         _check.within(owner, start=start, affinity_start=affinity_start)
         _check.within(owner, w_seg=w_seg, lambda_h=lambda_h, lambda_l=lambda_l, w_aff=w_aff, w_reg=w_reg)
         _check.within(owner, high=high, affinity_high=affinity_high, at_most=1.0)
@@ -124,12 +127,20 @@ class FFRLoss(nn.Module):
         self.affinity_high, self.affinity_low = affinity_high, affinity_low
         self.scales, self.flip = tuple(scales), flip
         self.w_seg, self.lambda_h, self.lambda_l, self.w_aff, self.w_reg = w_seg, lambda_h, lambda_l, w_aff, w_reg
-        self.prototypes = prototypes or ClassPrototypes()
-        self.rectification = rectification or RectificationLoss()
-        self.segmentation = segmentation or SegmentationLoss()
-        self.affinity = affinity or AffinityLoss()
-        self.energy = energy or DenseEnergyLoss()
-        self.refinement = refinement or PixelAdaptiveRefinement()
+        self.ignore_index = ignore_index
+        self.prototypes = ClassPrototypes() if prototypes is None else prototypes
+        self.rectification = RectificationLoss() if rectification is None else rectification
+        self.segmentation = SegmentationLoss(ignore_index) if segmentation is None else segmentation
+        self.affinity = AffinityLoss(ignore_index) if affinity is None else affinity
+        self.energy = DenseEnergyLoss(ignore_index=ignore_index) if energy is None else energy
+        self.refinement = PixelAdaptiveRefinement() if refinement is None else refinement
+        for name in ("segmentation", "affinity", "energy"):
+            theirs = getattr(getattr(self, name), "ignore_index", ignore_index)
+            if theirs != ignore_index:
+                raise ValueError(
+                    f"{owner}: expected `{name}` with the `ignore_index` of this objective, {ignore_index}, got "
+                    f"{theirs}. Give both the same."
+                )
         self.all_reduce, self.world_size = all_reduce, world_size
 
     def forward(self, images: Tensor, labels: Tensor, *, step: int, max_present: int | None = None) -> Terms:
@@ -140,7 +151,7 @@ class FFRLoss(nn.Module):
             labels: multi-hot ``(B, K)``, any dtype, present means > 0.5.
             step: iterations done so far.
             max_present: an upper bound of the classes present in one image, known on the host, for instance
-                ``int(labels.sum(1).max())`` of labels that are still on the CPU; absent classes then cost little.
+                ``int((labels > 0.5).sum(1).max())`` of labels still on the CPU; absent classes then cost little.
 
         Returns:
             ``Terms``; scalars, float32 or float64.
@@ -189,16 +200,24 @@ class FFRLoss(nn.Module):
                 low=self.low,
                 refinement=self.refinement,
                 max_present=max_present,
+                ignore_index=self.ignore_index,
             )
-            ignored = (pseudo[0] == 255).to(exact).mean()
-            foreground = ((pseudo[0] > 0) & (pseudo[0] != 255)).to(exact).mean()
+            real = None
+            if mask is not None:  # padding is undecided, and no region of interest of the energy
+                patch = model.encoder.patch_size
+                real = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, : size[0], : size[1]]
+                pseudo = tuple(torch.where(real, label, self.ignore_index) for label in pseudo)
+            unsure = pseudo[0] == self.ignore_index
+            ignored = unsure.to(exact).mean()
+            foreground = ((pseudo[0] > 0) & ~unsure).to(exact).mean()
             full = self._full(model.head(final), size)
             if seg_on:
                 seg = self.segmentation(full, pseudo[0], **reduce)
             if high_on:
                 seg_high = self.segmentation(self._full(model.head.high(high), size), pseudo[1], **reduce)
             if energy_on:
-                energy = self.energy(full, pseudo[0], images=images)
+                region = {} if real is None else {"roi": real}
+                energy = self.energy(full, pseudo[0], images=images, **region)
         if rect_on:
             vectors, valid = self.prototypes(
                 final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present
@@ -210,7 +229,12 @@ class FFRLoss(nn.Module):
                 selected = parts["selected"].sum() / (valid.sum(1) * tokens).sum().clamp(min=1)
             rect = self.rectification(**parts, **reduce).to(exact)
         if aff_on:
-            grid_label = cam_to_label(self._to_grid(cam_inter, final), high=self.affinity_high, low=self.affinity_low)
+            grid = (final.shape[2], final.shape[3])
+            small = whole_patches(cam_inter, grid, model.encoder.patch_size)
+            small = F.interpolate(small, size=grid, mode="bilinear", align_corners=False)
+            grid_label = cam_to_label(
+                small, high=self.affinity_high, low=self.affinity_low, ignore_index=self.ignore_index
+            )
             aff = self.affinity(final, grid_label, mask=mask, **reduce).to(exact)
 
         segmentation = self.w_seg * (seg + self.lambda_h * seg_high)
@@ -221,12 +245,3 @@ class FFRLoss(nn.Module):
     def _full(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return to_image(logits, size, self.model.encoder.patch_size)
-
-    def _to_grid(self, cam: Tensor, features: Tensor) -> Tensor:
-        """Shrink a CAM from the image to the token grid; a padded grid sees the border repeated."""
-        patch = self.model.encoder.patch_size
-        height, width = features.shape[2:]
-        extra = (0, width * patch - cam.shape[3], 0, height * patch - cam.shape[2])
-        if any(extra):
-            cam = F.pad(cam, extra, mode="replicate")
-        return F.interpolate(cam, size=(height, width), mode="bilinear", align_corners=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffr import _check
-from ffr.cam import present_classes, put_classes, take_classes
+from ffr.cam import present_classes, put_classes, take_classes, whole_patches
 
 
 class Prototypes(NamedTuple):
@@ -26,6 +26,7 @@ def class_prototypes(
     seed_threshold: float = 0.7,
     mask: Tensor | None = None,
     grid: tuple[int, int] | None = None,
+    patch_size: int | None = None,
     max_present: int | None = None,
 ) -> Prototypes:
     r"""One vector for every class present in an image, from that image's CAM and features.
@@ -38,11 +39,13 @@ def class_prototypes(
 
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
-        cam: ``(B, K, H, W)`` of any size, on the grid or at pixels.
+        cam: ``(B, K, H, W)`` of any size, on the grid or at pixels; it is taken to cover the whole grid.
         labels: multi-hot ``(B, K)``, any dtype, present means > 0.5.
         seed_threshold: t, in [0, 1]. 0 gives the mean of all tokens weighted by the CAM.
         mask: bool ``(B, h, w)``, False leaves a token out.
         grid: ``(h, w)``, for tokens.
+        patch_size: pixels of a token's side, for a `cam` at pixels of an image that is no whole number of patches: the
+            grid, rounded up, then covers more than the image, and the border of the CAM is repeated.
         max_present: an upper bound of the classes present in one image, known on the host; absent classes then
             cost nothing.
 
@@ -71,10 +74,21 @@ def class_prototypes(
     if mask is not None:
         _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
         _check.boolean(owner, mask=mask)
+        features = features.masked_fill(~(mask[:, None] if features.ndim == 4 else mask.flatten(1)[..., None]), 0)
     h, w = sizes["h"], sizes["w"]
+    patch = None if cam.shape[2:] == (h, w) else patch_size
+    if patch is not None:
+        _check.within(owner, at_least=1, patch_size=patch)
+        if (-(-cam.shape[2] // patch), -(-cam.shape[3] // patch)) != (h, w):
+            raise ValueError(
+                f"{owner}: expected `cam` on the grid of {h} x {w}, or at pixels that it covers with `patch_size` "
+                f"{patch}, got {cam.shape[2]} x {cam.shape[3]}. Leave `patch_size` out for a CAM of the whole grid."
+            )
     with torch.autocast(tokens.device.type, enabled=False):
         ids, present = present_classes(labels, max_present)
         seeds = take_classes(cam.detach(), ids).relu()  # (B, m, H, W)
+        if patch is not None:
+            seeds = whole_patches(seeds, (h, w), patch)
         if seeds.shape[2:] != (h, w):
             seeds = F.adaptive_avg_pool2d(seeds, (h, w))
         seeds = seeds.flatten(2).to(torch.promote_types(seeds.dtype, torch.float32))
@@ -90,7 +104,7 @@ def class_prototypes(
         if features.ndim == 4:  # in this order the gradient of maps comes as maps lie in memory
             vectors = torch.bmm(features.flatten(2), weights.transpose(1, 2)).transpose(1, 2)  # (B, m, D)
         else:
-            vectors = torch.bmm(weights, tokens)
+            vectors = torch.bmm(weights, features)
     return Prototypes(put_classes(vectors, ids, sizes["K"]), put_classes(valid, ids, sizes["K"]))
 
 
@@ -122,12 +136,19 @@ class ClassPrototypes(nn.Module):
         *,
         mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        patch_size: int | None = None,
         max_present: int | None = None,
     ) -> Prototypes:
         """See `class_prototypes`."""
-        threshold = self.seed_threshold
         return class_prototypes(
-            features, cam, labels, seed_threshold=threshold, mask=mask, grid=grid, max_present=max_present
+            features,
+            cam,
+            labels,
+            seed_threshold=self.seed_threshold,
+            mask=mask,
+            grid=grid,
+            patch_size=patch_size,
+            max_present=max_present,
         )
 
     def extra_repr(self) -> str:

@@ -117,7 +117,7 @@ def rectification_loss(
         world_size: number of ranks that `all_reduce` sums over; undoes the mean over ranks of data parallelism.
 
     Returns:
-        a scalar >= 0 in the dtype of `features`; exactly 0, and connected to the graph, where nothing is selected.
+        a scalar >= 0, at least float32; exactly 0, and connected to the graph, where nothing is selected.
 
     Raises:
         ValueError: if a shape does not fit or a number is out of range.
@@ -141,10 +141,13 @@ def rectification_loss(
     _check.boolean(owner, valid=valid)
     _check.within(owner, min_fraction=min_fraction, at_most=1.0)
     _check.one_of(owner, "distance", distance, ("cosine", "l1", "l2"))
+    masked = mask is not None
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=tokens.device).expand(sizes["B"], sizes["h"], sizes["w"])
     _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
     _check.boolean(owner, mask=mask)
+    if masked:  # whatever a padding token holds, NaN too
+        tokens, teacher = (x.masked_fill(~mask.flatten(1)[..., None], 0) for x in (tokens, teacher))
     real = mask.flatten(1)  # (B, N)
     wide = torch.promote_types(tokens.dtype, torch.float32)
     if gap is None:
@@ -179,10 +182,9 @@ def rectification_loss(
         else:
             apart = (tokens - teacher).to(wide).square().mean(-1)
         counts = torch.stack([times.sum(), pairs])
-        if all_reduce is not None:
-            counts = all_reduce(counts)
+        counts = _check.reduced(owner, counts, all_reduce)
         floor = torch.maximum(counts[0], min_fraction * counts[1]).clamp(min=1)
-        return ((apart * times).sum() * (world_size / floor)).to(tokens.dtype)
+        return (apart * times).sum() * (world_size / floor)
 
 
 class RectificationLoss(nn.Module):

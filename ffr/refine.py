@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ffr import _check
@@ -25,8 +26,8 @@ class PixelAdaptiveRefinement(nn.Module):
     channel over those neighbours, :math:`k^\text{pos}` the same on distances. The weights sum to 1.01, so scores
     grow by that factor each iteration and their order does not care. Gradients flow through the scores alone.
 
-    Scores of a CUDA GPU that need no gradient go through a fused kernel where Triton is installed, unless they are
-    float64 or a compiler is tracing.
+    Scores of a CUDA GPU that need no derivative go through a fused kernel where Triton is installed, unless they are
+    float64 or a compiler or a transform is at work.
 
     Args:
         dilations: distances of the neighbours in pixels, each >= 1.
@@ -147,6 +148,8 @@ def _fused(images: Tensor, scores: Tensor) -> bool:
         and torch.float64 not in (images.dtype, scores.dtype)
         and not (torch.is_grad_enabled() and scores.requires_grad)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # a kernel knows neither vmap nor jvp
+        and forward_ad._current_level < 0
         and find_spec("triton") is not None
         and torch.cuda.get_device_capability(scores.device) >= (8, 0)
     )
@@ -210,6 +213,7 @@ def refine_label(
     _check.within(owner, high=high, at_most=1.0)
     _check.within(owner, low=low, at_most=high)
     _check.within(owner, downscale=downscale, at_least=1)
+    _check.label_names(owner, num_classes=sizes["K"], ignore_index=ignore_index)
     cams = (cam,) if isinstance(cam, Tensor) else cam
     height, width = sizes["H"], sizes["W"]
     small = (max(1, height // downscale), max(1, width // downscale))

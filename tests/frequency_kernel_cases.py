@@ -170,5 +170,8 @@ def test_what_does_not_fit_is_left_to_the_products():
     assert not kernel.fits(torch.zeros(1, 8, 28, 28, dtype=torch.float64), 28, 28)
     assert not kernel.fits(torch.zeros(0, 8, 28, 28), 28, 28)
     assert kernel.fits(torch.zeros(1, 8, 128, 128), 128, 128)
+    assert kernel.fits(torch.zeros(1, 8, 64, 512), 64, 512)
+    assert not kernel.fits(torch.zeros(1, 8, 16, 1024), 16, 1024)  # 128 KB of shared memory and more
+    assert not kernel.fits(torch.zeros(1, 1, 1, 1).expand(65_536, 1, 2, 2), 2, 2)  # images on the second launch axis
     assert not kernel.fits(torch.zeros(1, 128 * 128, 8), 128, 128)  # too few channels of a token at a time
     assert not kernel.fits(torch.zeros(1, 1, 256, 256), 256, 256)

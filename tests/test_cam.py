@@ -603,3 +603,26 @@ def test_a_bound_outside_the_number_of_classes_is_refused(bound):
     message = rf"present_classes: expected `max_present` in \[0, 5\], got {bound}. `labels` has K=5 classes\."
     with pytest.raises(ValueError, match=message):
         present_classes(torch.ones(2, 5), bound)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (torch.rand(2, 3, 4, 4), "expected `raw` of shape (B=2, K=4, h, w), got (2, 3, 4, 4)"),
+        (torch.rand(2, 4, 5, 5), "expected `raw` in the form of `fn`, maps of [(2, 4, 4, 4)], got [(2, 4, 5, 5)]"),
+        ((torch.rand(2, 4, 4, 4),), "expected `raw` in the form of `fn`"),
+        ((torch.rand(2, 4, 4, 4),) * 2, "expected `raw` in the form of `fn`"),
+    ],
+)
+def test_raw_maps_of_another_form_than_the_networks_are_refused(raw, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        multi_scale_cam(lambda x: torch.rand(len(x), 4, 4, 4), torch.rand(2, 3, 8, 8), labels=torch.ones(2, 4), raw=raw)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2, 3])
+def test_an_ignore_index_that_is_a_label_is_refused(ignore_index):
+    with pytest.raises(
+        ValueError, match=rf"cam_to_label: expected `ignore_index` to be no label in 0..3.*got {ignore_index}"
+    ):
+        cam_to_label(torch.rand(1, 3, 4, 4), high=0.7, low=0.2, ignore_index=ignore_index)
+    assert cam_to_label(torch.full((1, 3, 1, 1), 0.5), high=0.7, low=0.2, ignore_index=-1).item() == -1

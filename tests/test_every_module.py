@@ -146,7 +146,6 @@ class Case(NamedTuple):
     settings: dict | None = None  # inputs that are no tensors
     copies: float = 0.0  # by how much a batch of copies may differ from one copy
     close: bool = True  # low precision stays near float64: no threshold decides
-    wide: bool = False  # at least float32 comes out
 
     def part(self, dtype=torch.float64):
         torch.manual_seed(0)
@@ -321,7 +320,6 @@ CASES = {
         learns=True,
         casts=True,
         settings={"step": 0},
-        wide=True,
         **PAIRS,
     ),
 }  # fmt: skip
@@ -424,16 +422,15 @@ def test_a_batch_of_copies_gives_what_one_copy_gives(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every
-def test_the_dtype_stays_and_the_result_is_near_that_of_float64(case, dtype):
+def test_maps_keep_the_dtype_losses_are_at_least_float32_and_both_near_those_of_float64(case, dtype):
     part, batch = case.part(dtype), case.batch(dtype)
     result = part(**batch)
     wanted = part.double()(**{name: to(x, torch.float64) for name, x in batch.items()})
-    expected = torch.promote_types(dtype, torch.float32) if case.wide else dtype
     tolerance = {torch.float32: 1e-4, torch.float64: 0}.get(dtype, 3e-2)
     for one, exact in zip(leaves(result), leaves(wanted), strict=True):
         assert one.shape == exact.shape
         if exact.is_floating_point():
-            assert one.dtype == expected
+            assert one.dtype == (dtype if one.ndim else torch.promote_types(dtype, torch.float32))
             assert one.isfinite().all()
             if case.close:
                 scale = max(1.0, float(exact.detach().abs().max()))

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import ffr
 from ffr.cam import cam_to_label, multi_scale_cam
 from ffr.encoder import Features
-from ffr.losses import affinity_loss, segmentation_loss
+from ffr.losses import affinity_loss, dense_energy_loss, segmentation_loss
 from ffr.refine import refine_label
 
 seeds = st.integers(0, 2**32 - 1)
@@ -121,15 +121,23 @@ def test_confident_logits_stay_finite_and_are_summed_in_single_precision(dtype):
     logits, label = (noise(0, 2, 4, 5, 6) * 1e4).to(dtype), some_label(0, 2, 5, 6)
     value, gradient = value_and_gradient(segmentation_loss, logits, label)
     assert value.isfinite() and gradient.isfinite().all()
-    assert_close(value, segmentation_loss(logits.float(), label).to(dtype), rtol=0, atol=0)
+    assert_close(value, segmentation_loss(logits.float(), label), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_more_pixels_than_half_precision_can_count_are_counted(dtype):
     label = torch.zeros(2, 160, 210, dtype=torch.long)  # 67,200 of them
-    assert_close(
-        segmentation_loss(torch.zeros(2, 2, 1, 1, dtype=dtype), label), (0.5 * torch.tensor(2.0).log()).to(dtype)
-    )
+    assert_close(segmentation_loss(torch.zeros(2, 2, 1, 1, dtype=dtype), label), 0.5 * torch.tensor(2.0).log())
+
+
+def test_a_loss_scaled_for_float16_keeps_its_gradient_finite():
+    """In float16 the gradient that a scaler of 65536 starts from would be infinity, as would the loss."""
+    x = noise(0, 2, 4, 5, 6).half().requires_grad_()
+    label, images = some_label(0, 2, 5, 6), torch.rand(2, 3, 5, 6)
+    for loss in (segmentation_loss(x, label), affinity_loss(x, label), dense_energy_loss(x, label, images=images)):
+        (gradient,) = torch.autograd.grad(loss * 65536, x)
+        assert loss.dtype == torch.float32
+        assert gradient.dtype == torch.float16 and gradient.isfinite().all() and gradient.any()
 
 
 def test_a_right_and_certain_answer_costs_nothing():
@@ -198,10 +206,13 @@ def test_a_masked_token_is_an_ignored_token(seed):
     x, label = noise(seed, 2, 3, 3, 4), some_label(seed, 2, 3, 4)
     mask = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(seed)) < 0.6
     want = affinity_loss(x, torch.where(mask, label, 255))
-    assert_close(affinity_loss(x, label, mask=mask), want, rtol=0, atol=0)
+    assert_close(affinity_loss(x, label, mask=mask), want)
+    broken = torch.where(mask[:, None], x, torch.nan).requires_grad_()
+    assert_close(affinity_loss(broken, label, mask=mask), want)
+    assert torch.autograd.grad(affinity_loss(broken, label, mask=mask), broken)[0].isfinite().all()
     byte = torch.where(label == 255, 9, label).to(torch.uint8)
-    assert_close(affinity_loss(x, byte, mask=mask & (byte != 9), ignore_index=-1), want, rtol=0, atol=0)
-    assert_close(ffr.AffinityLoss()(x, label, mask=mask), want, rtol=0, atol=0)
+    assert_close(affinity_loss(x, byte, mask=mask & (byte != 9), ignore_index=-1), want)
+    assert_close(ffr.AffinityLoss()(x, label, mask=mask), want)
 
 
 def test_tokens_of_zero_are_alike_to_none_and_get_no_gradient():
@@ -220,7 +231,7 @@ def test_tokens_of_zero_are_alike_to_none_and_get_no_gradient():
 def test_long_tokens_do_not_overflow(dtype, size):
     x, label = (noise(0, 2, 64, 3, 4) + 1).clamp(-3, 3), torch.zeros(2, 3, 4, dtype=torch.long)
     value, gradient = value_and_gradient(affinity_loss, (x * size).to(dtype), label)
-    assert value.dtype == dtype and gradient.isfinite().all()
+    assert gradient.dtype == dtype and gradient.isfinite().all()
     assert_close(value.double(), affinity_loss(x, label), rtol=0, atol=3e-2 if dtype != torch.float32 else 1e-6)
 
 
@@ -444,3 +455,9 @@ def test_a_mask_of_numbers_is_refused_with_the_remedy():
     x, label = torch.zeros(1, 4, 5, 6), torch.zeros(1, 5, 6, dtype=torch.long)
     with pytest.raises(TypeError, match=r"affinity_loss: expected `mask` of dtype torch\.bool, got .*float32\. Use"):
         affinity_loss(x, label, mask=torch.ones(1, 5, 6))
+
+
+@pytest.mark.parametrize("loss", COUNTING.values(), ids=COUNTING)
+def test_a_reduction_in_place_that_returns_nothing_is_refused(loss):
+    with pytest.raises(TypeError, match=f"{loss.__name__}: expected `all_reduce` to return the sum, got NoneType"):
+        loss(noise(0, 2, 4, 5, 6), some_label(0, 2, 5, 6), all_reduce=lambda counts: None)

@@ -700,3 +700,76 @@ def test_it_adds_nothing_to_the_state_of_its_model():
     assert set(loss.state_dict()) == {f"model.{key}" for key in loss.model.state_dict()}
     assert len(list(loss.parameters())) == len(list(loss.model.parameters()))
     assert not list(loss.buffers())
+
+
+class Padded(TinyEncoder):
+    """Sees the right third of every image as padding."""
+
+    def forward(self, images):
+        final, intermediate, _ = super().forward(images)
+        mask = torch.ones(final.shape[0], *final.shape[2:], dtype=torch.bool)
+        mask[:, :, 2 * mask.shape[2] // 3 :] = False
+        return Features(final, intermediate, mask)
+
+
+class Unrefined(torch.nn.Module):
+    """Leaves scores as they are, and so every pixel to itself."""
+
+    def forward(self, images, scores):
+        return scores
+
+
+def test_what_lies_in_padding_decides_no_label_and_no_classification():
+    images, labels = batch()
+    other = images.clone()
+    other[..., 40:] = 1 - other[..., 40:].flip(2)  # as far from what counts as the convolutions reach
+    loss = objective(encoder=Padded, refinement=Unrefined(), scales=(1.0,), flip=False)
+    ours, theirs = loss(images, labels, step=0), loss(other, labels, step=0)
+    for name in ("cls", "cls_inter", "aff", "ignored", "foreground"):
+        assert_close(getattr(ours, name), getattr(theirs, name))
+    assert ours.ignored > 1 / 3 and ours.foreground > 0
+    plain = objective(refinement=Unrefined(), scales=(1.0,), flip=False)  # without a mask all of it counts
+    assert abs(plain(images, labels, step=0).cls - plain(other, labels, step=0).cls) > 1e-3
+
+
+def test_padding_is_no_region_of_the_energy_and_undecided_in_both_labels():
+    seen = {}
+
+    class Energy(ffr.DenseEnergyLoss):
+        def forward(self, logits, label, *, images, roi=None):
+            seen.update(label=label, roi=roi)
+            return super().forward(logits, label, images=images, roi=roi)
+
+    images, labels = batch(height=30, width=46)  # the last patches are broken
+    objective(encoder=Padded, energy=Energy())(images, labels, step=0)
+    assert seen["roi"].shape == (2, 30, 46)
+    assert seen["roi"][..., :32].all() and not seen["roi"][..., 32:].any()
+    assert (seen["label"][..., 32:] == 255).all() and (seen["label"][..., :32] != 255).any()
+
+
+def test_many_classes_need_an_ignore_index_that_none_of_them_has():
+    torch.manual_seed(0)
+    model = ffr.FFR(TinyEncoder(patch_size=4), 300, hidden=6)
+    with pytest.raises(ValueError, match=r"FFRLoss: expected `ignore_index` to be no label in 0..300.*got 255"):
+        ffr.FFRLoss(model)
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)
+    labels = torch.zeros(2, 300)
+    labels[:, 254] = 1  # whose label is 255
+    settings = {"start": 0, "refinement": ffr.PixelAdaptiveRefinement(**PAR), "ignore_index": -1}
+    terms = ffr.FFRLoss(model, **settings)(batch()[0].float(), labels, step=0)
+    assert terms.foreground > 0.02 and all(term.isfinite() for term in terms)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"segmentation": ffr.SegmentationLoss(-1)},
+        {"affinity": ffr.AffinityLoss(7)},
+        {"energy": ffr.DenseEnergyLoss(ignore_index=-1)},
+    ],
+)
+def test_parts_with_another_ignore_index_are_refused(part):
+    (name,) = part
+    with pytest.raises(ValueError, match=f"FFRLoss: expected `{name}` with the `ignore_index` of this objective, 255"):
+        objective(**part)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from ffr import ClassPrototypes, class_prototypes, similarity_maps
+from ffr.cam import to_image
 
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 5)
@@ -161,6 +162,32 @@ def test_a_present_class_without_a_seed_is_not_valid(cam):
     vectors, valid = class_prototypes(noise(0, 1, 3, 4, 5), cam, torch.ones(1, 1))
     assert not valid.any()
     assert_close(vectors, torch.zeros(1, 1, 3).double(), **EXACT)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((100, 100), 16), ((99, 52), 16), ((17, 33), 8), ((32, 48), 16)])
+def test_a_cam_of_an_image_with_broken_patches_gives_the_prototype_of_its_token(size, patch):
+    """One class a token, whose CAM has its peak there."""
+    h, w = (-(-side // patch) for side in size)
+    features, raw = noise(0, 1, 3, h, w), torch.eye(h * w, dtype=torch.float64).reshape(1, h * w, h, w)
+    labels = torch.ones(1, h * w)
+    wanted = class_prototypes(features, raw, labels, seed_threshold=0.99)
+    at_pixels = to_image(raw, size, patch)
+    assert_close(class_prototypes(features, at_pixels, labels, seed_threshold=0.99, patch_size=patch), wanted)
+    assert_close(class_prototypes(features, raw, labels, seed_threshold=0.99, patch_size=patch), wanted)
+    module = ClassPrototypes(0.99)(as_tokens(features), at_pixels, labels, grid=(h, w), patch_size=patch)
+    assert_close(module, wanted)
+
+
+def test_a_masked_token_may_hold_anything():
+    x, cam, labels = noise(0, 2, 3, 4, 5), noise(1, 2, 3, 4, 5), torch.ones(2, 3)
+    mask = chance(2, 2, 4, 5, share=0.7)
+    wanted = class_prototypes(x, cam, labels, mask=mask)
+    for broken in (torch.where(mask[:, None], x, torch.nan), torch.where(mask[:, None], x, torch.inf)):
+        broken.requires_grad_()
+        ours = class_prototypes(broken, cam, labels, mask=mask)
+        assert_close(ours, wanted)
+        assert_close(class_prototypes(as_tokens(broken), cam, labels, mask=mask, grid=(4, 5)), wanted)
+        assert torch.autograd.grad(ours.vectors.sum(), broken)[0].isfinite().all()
 
 
 def test_a_class_seen_by_masked_tokens_only_is_not_valid():
@@ -323,6 +350,8 @@ X, CAM, LABELS = torch.zeros(2, 8, 4, 5), torch.zeros(2, 3, 16, 20), torch.ones(
         ((as_tokens(X), CAM, LABELS), {"grid": (5, 5)}, ValueError, "`features` of shape (B, N=25, D), got (2, 20"),
         ((X.long(), CAM, LABELS), {}, TypeError, "`features` of a floating dtype, got torch.int64."),
         ((X, CAM.long(), LABELS), {}, TypeError, "`cam` of a floating dtype, got torch.int64."),
+        ((X, CAM, LABELS), {"patch_size": 0}, ValueError, "`patch_size` in [1, inf], got 0"),
+        ((X, CAM, LABELS), {"patch_size": 7}, ValueError, "`cam` on the grid of 4 x 5, or at pixels that it covers"),
         ((X, CAM, LABELS), {"mask": torch.ones(2, 5, 4) > 0}, ValueError, "`mask` of shape (B=2, h=4, w=5), got (2"),
         ((X, CAM, LABELS), {"mask": torch.ones(2, 4, 5)}, TypeError, "`mask` of dtype torch.bool, got torch.float32."),
         ((X, CAM, LABELS), {"seed_threshold": 1.1}, ValueError, "`seed_threshold` in [0, 1], got 1.1."),

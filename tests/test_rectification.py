@@ -385,7 +385,7 @@ def test_half_precision_neither_overflows_nor_vanishes(distance, length):
     low = split_bands(x, 0.2).low
     rest = {"prototypes": noise(1, 2, 3, 64), "valid": torch.ones(2, 3) > 0, "distance": distance, "gap": None}
     loss = rectification_loss(features=x, low=low, **rest)
-    assert loss.dtype == torch.float16
+    assert loss.dtype == torch.float32
     expected = rectification_loss(features=x.double(), low=low.double(), **rest)
     assert_close(loss.double(), expected, rtol=2e-3, atol=0)
 
@@ -527,3 +527,24 @@ def test_a_gap_that_no_cosine_can_have_is_refused(gap):
 def test_there_is_no_selection_to_show_without_guidance():
     with pytest.raises(ValueError, match=r"RectificationLoss.select: gap=None selects nothing by class. Give a gap."):
         RectificationLoss(gap=None).select(**PARTS)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l1", "l2"])
+def test_a_masked_token_may_hold_anything(distance):
+    x, low = noise(0, 2, 3, 4, 5), noise(1, 2, 3, 4, 5)
+    rest = {"prototypes": noise(2, 2, 3, 3), "valid": torch.ones(2, 3) > 0, "distance": distance}
+    mask = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(3)) < 0.7
+    wanted = rectification_loss(features=x, low=low, mask=mask, **rest)
+    assert wanted > 0
+    broken, teacher = (torch.where(mask[:, None], maps, torch.nan) for maps in (x, low))
+    broken.requires_grad_()
+    ours = rectification_loss(features=broken, low=teacher, mask=mask, **rest)
+    assert_close(ours, wanted)
+    assert torch.autograd.grad(ours, broken)[0].isfinite().all()
+
+
+def test_a_reduction_in_place_that_returns_nothing_is_refused():
+    x = noise(0, 2, 3, 4, 5)
+    rest = {"prototypes": noise(2, 2, 3, 3), "valid": torch.ones(2, 3) > 0}
+    with pytest.raises(TypeError, match=r"rectification_loss: expected `all_reduce` to return the sum, got NoneType"):
+        rectification_loss(features=x, low=x, **rest, all_reduce=lambda counts: None)

@@ -103,6 +103,11 @@ def test_the_kernel_is_chosen_for_what_it_can_take_and_nothing_else(monkeypatch)
     assert not refine._fused(images.double(), Scores())
     with torch.no_grad():
         assert refine._fused(images, Scores(requires_grad=True))
+    with torch.autograd.forward_ad.dual_level():
+        assert not refine._fused(images, Scores())
+    seen = []
+    torch.vmap(lambda x: seen.append(refine._fused(images, Scores())) or x)(torch.zeros(2))
+    assert seen == [False]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not refine._fused(images, Scores())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -142,7 +142,7 @@ class Trainer:
                 share = len(images) // config.accumulate
                 values = torch.zeros(len(Terms._fields), device=device)
                 for part, (x, y) in enumerate(zip(images.split(share), labels.split(share), strict=True)):
-                    present = max(1, int(y.sum(1).max()))  # still on the CPU: costs no synchronisation
+                    present = max(1, int((y > 0.5).sum(1).max()))  # still on the CPU: costs no synchronisation
                     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
                     with self._reducing(part == config.accumulate - 1):
                         with self.accelerator.autocast():
