@@ -374,7 +374,7 @@ def public(module):
 
 
 # Of one another, inside the package: small steps of what is on the sheet.
-INNER = {"to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm"}
+INNER = {"to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm", "whole_patches"}
 
 
 def uncovered(cases):
