@@ -278,6 +278,44 @@ def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
     assert [line["step"] for line in logged(out, "run")] == [0, at]
 
 
+@pytest.mark.parametrize("cut_off", ["before its scores", "before they are in the checkpoint"])
+def test_a_run_cut_off_in_a_validation_makes_it_up_when_it_goes_on(cut_off, whole, monkeypatch, tmp_path):
+    out, save = tmp_path / "run", train.Run.save
+
+    def scored(*args, **how):
+        raise KeyboardInterrupt
+
+    def saved(self, done):
+        if done == 4 and not self.owed:
+            raise KeyboardInterrupt
+        save(self, done)
+
+    with monkeypatch.context() as patch:
+        if cut_off == "before its scores":
+            patch.setattr(train, "evaluate", scored)
+        else:
+            patch.setattr(train.Run, "save", saved)
+        assert run(patch, out=out) == 130
+    assert checkpoint.checkpoints(out)[0].name == "checkpoint-00000004.pt"
+    assert run(monkeypatch, out=out, resume=True) == 0
+    for kind in ("val", "high_band_share"):
+        assert logged(out, kind) == logged(whole, kind)
+    for name in ("best.safetensors", "last.safetensors"):
+        assert same_weights(out / name, whole / name)
+
+
+def test_ranks_wait_until_a_checkpoint_is_there(monkeypatch, tmp_path):
+    """A launcher ends all of them half a minute after the first."""
+    seen = []
+
+    def wait(self):
+        seen.append([path.name[-6:-3] for path in checkpoint.checkpoints(tmp_path / "run")[:1]])
+
+    monkeypatch.setattr(train.Accelerator, "wait_for_everyone", wait)
+    assert run(monkeypatch, out=tmp_path / "run", val_every=0) == 0
+    assert seen == [[], ["002"], ["004"], ["006"], ["008"], ["008"]]  # the last twice, for its validation
+
+
 def test_log_lines_after_the_checkpoint_are_dropped_when_a_run_goes_on(whole, monkeypatch, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -488,6 +526,21 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(monkeypatch, capsys,
     for path in checkpoint.checkpoints(tmp_path):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["model"].values())
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000003.pt"]
+
+
+def test_fp16_whose_gradients_are_finite_at_no_scale_stops_the_run(monkeypatch, capsys, tmp_path):
+    scales, place = iter((65536.0, 2.0, 0.5)), train.place
+
+    def scaled(config):
+        accelerator = place(config)
+        accelerator.scaler = SimpleNamespace(scale=lambda loss: loss, get_scale=lambda: next(scales), state_dict=dict)
+        return accelerator
+
+    monkeypatch.setattr(train, "place", scaled)
+    assert run(monkeypatch, out=tmp_path / "run", save_every=0) == 3
+    assert "step 2: no gradient of fp16 is finite" in capsys.readouterr().err
+    assert [line["loss_scale"] for line in logged(tmp_path / "run")] == [65536.0, 2.0]
+    assert torch.load(tmp_path / "run" / "diverged.pt", weights_only=True)["term"] == "loss_scale"
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -806,6 +859,29 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_weights_bit_for_bit(tmp_pat
     assert kills >= 20 and inside >= 5
     assert same_weights(straight / "last.safetensors", out / "last.safetensors")
     assert not list(out.glob(".checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_ends_the_run_well_with_workers_too(number, tmp_path):
+    """As a scheduler sends it, or Ctrl-C."""
+    data, out = make_folder(tmp_path / "data"), tmp_path / "run"
+    settings = {**FEW, **RANKED, "data": data, "out": out, "workers": 2, "steps": 5000, "val_every": 0}
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "folder", *flags(**settings)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        while process.poll() is None and not (out / "checkpoint-00000010.pt").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        said, problem = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, problem
+    done = int(re.search(r"interrupted after step (\d+), which is saved", said)[1])
+    assert checkpoint.checkpoints(out)[0].name == f"checkpoint-{done:08d}.pt"
 
 
 @pytest.mark.slow
