@@ -529,14 +529,14 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(monkeypatch, capsys,
 
 
 def test_fp16_whose_gradients_are_finite_at_no_scale_stops_the_run(monkeypatch, capsys, tmp_path):
-    scales, place = iter((65536.0, 2.0, 0.5)), train.place
+    scales = iter((65536.0, 2.0, 0.5))
 
-    def scaled(config):
-        accelerator = place(config)
-        accelerator.scaler = SimpleNamespace(scale=lambda loss: loss, get_scale=lambda: next(scales), state_dict=dict)
-        return accelerator
+    class Scaled(Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.accelerator.scaler = SimpleNamespace(scale=lambda loss: loss, get_scale=lambda: next(scales))
 
-    monkeypatch.setattr(train, "place", scaled)
+    monkeypatch.setattr(train, "Trainer", Scaled)
     assert run(monkeypatch, out=tmp_path / "run", save_every=0) == 3
     assert "step 2: no gradient of fp16 is finite" in capsys.readouterr().err
     assert [line["loss_scale"] for line in logged(tmp_path / "run")] == [65536.0, 2.0]
