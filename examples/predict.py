@@ -29,8 +29,8 @@ try:
     import tyro
     from PIL import Image
     from recipe.config import on_cpu
-    from recipe.data import SUFFIXES, read_image
-    from recipe.evaluation import Protocol, look, refining, scales_of, segment
+    from recipe.data import SUFFIXES, loading, read_image
+    from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
     from recipe.files import write_text, written
     from recipe.prepare import command, counter, digest
     from recipe.weights import Trained, load_weights, versions
@@ -40,7 +40,7 @@ except ImportError as error:
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ffr.draw import load_label, overlay, save_label
 
@@ -327,12 +327,12 @@ def segment_all(
     """Write what is wanted of every image; its name, and what was wrong with it if it was skipped."""
     model, protocol = trained.model, settings.protocol()
     scales, patch = scales_of([protocol]), model.encoder.patch_size
-    loader = DataLoader(Files(todo), batch_size=None, num_workers=min(settings.workers, len(todo)), collate_fn=tuple)
+    reading = loading(Files(todo), batch_size=None, num_workers=min(settings.workers, len(todo)), collate_fn=tuple)
     workers = min((os.cpu_count() or 1) if settings.crf_workers is None else settings.crf_workers, len(todo))
     waiting: deque[tuple[str, Tensor, Future[Any]]] = deque()
     crf = refining(workers, settings.crf_prune, probabilities=True) if settings.crf else nullcontext()
-    with crf as refine:
-        for name, image in loader:
+    with crf as refine, reading as images:
+        for name, image in images:
             if isinstance(image, str):
                 yield name, image
                 continue
@@ -349,7 +349,7 @@ def segment_all(
                 yield name, None
                 continue
             waiting.append((name, image, refine(small[0], scores.softmax(0))))
-            while len(waiting) > 2 * workers:
+            while len(waiting) > queue_for(workers):
                 yield collect(settings, trained, *waiting.popleft()), None
         while waiting:
             yield collect(settings, trained, *waiting.popleft()), None

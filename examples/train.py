@@ -190,6 +190,7 @@ class Run:
             try:
                 if self.owed:  # the run was cut off in the validation of its newest checkpoint
                     self.validate(done)
+                    since = time.perf_counter()
                 for done, values in self.trainer.run(self.start):
                     if values is not None:
                         now = time.perf_counter()

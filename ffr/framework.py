@@ -233,7 +233,7 @@ class FFR(nn.Module):
         Tokens that the encoder's mask leaves out are 0. `features` are those of the images, from `encode`, where they
         are at hand.
         """
-        features = features or self.encode(images)
+        features = self.encode(images) if features is None else features
         height, width = images.shape[2:]
         patch = self.encoder.patch_size
         final, intermediate, mask = features

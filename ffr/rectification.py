@@ -141,14 +141,13 @@ def rectification_loss(
     _check.boolean(owner, valid=valid)
     _check.within(owner, min_fraction=min_fraction, at_most=1.0)
     _check.one_of(owner, "distance", distance, ("cosine", "l1", "l2"))
-    masked = mask is not None
     if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=tokens.device).expand(sizes["B"], sizes["h"], sizes["w"])
-    _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
-    _check.boolean(owner, mask=mask)
-    if masked:  # whatever a padding token holds, NaN too
-        tokens, teacher = (x.masked_fill(~mask.flatten(1)[..., None], 0) for x in (tokens, teacher))
-    real = mask.flatten(1)  # (B, N)
+        real = torch.ones((), dtype=torch.bool, device=tokens.device).expand(tokens.shape[:2])  # (B, N)
+    else:
+        _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
+        _check.boolean(owner, mask=mask)
+        real = mask.flatten(1)  # whatever the other tokens hold, NaN too:
+        tokens, teacher = (x.masked_fill(~real[..., None], 0) for x in (tokens, teacher))
     wide = torch.promote_types(tokens.dtype, torch.float32)
     if gap is None:
         times = real.to(wide)

@@ -127,7 +127,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one. Several: torchrun --nproc-per-node 8 examples/train.py ..."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; weights are fp32. fp32 does without TF32; on a GPU bf16 is quicker"""
+    """of the forward pass; weights are fp32. fp32 does without TF32"""
     compile: bool = False
     """torch.compile encoder and refinement: minutes at the start, then faster"""
     fsdp: bool = False

@@ -383,21 +383,24 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
         return images[n % self.batch_size], labels[n % self.batch_size]
 
 
-def patient(worker: int) -> None:
-    """For `worker_init_fn`: schedulers and Ctrl-C signal every process, and the parent still has a step to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # as long as they wait before they kill
-
-
 @contextmanager
-def loading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """Iterate over a loader, whose workers end with the block: a traceback would keep them, and they do not hurry."""
+def loading(dataset: Dataset[Any], **how: Any) -> Iterator[Iterator[Any]]:
+    """Iterate over a `DataLoader`, whose workers leave signals to this process, and end with the block.
+
+    Schedulers and Ctrl-C signal every process, and this one still has a step to finish. A traceback would keep workers.
+    """
+    loader = DataLoader(dataset, worker_init_fn=_patient, **how)
     batches = iter(loader)
     try:
         yield batches
     finally:
         if loader.num_workers:
             batches._shutdown_workers()  # torch has no public name for it
+
+
+def _patient(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # as long as a scheduler waits before it kills
 
 
 def _row(labels: Sequence[int], count: int) -> Tensor:

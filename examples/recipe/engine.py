@@ -9,12 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict
-from torch.utils.data import DataLoader
 
 from ffr import FFR, FFRLoss
 from ffr.objective import Terms
 from recipe.config import Config, build_objective
-from recipe.data import SceneImages, TrainImages, loading, mixed, patient, samples
+from recipe.data import SceneImages, TrainImages, loading, mixed, samples
 from recipe.network import build_model
 
 NEVER = 2**53  # a step that no run reaches, and a float64 holds
@@ -132,7 +131,7 @@ class Trainer:
             ValueError: for an image that cannot be read; names the file.
         """
         config, device = self.config, self.accelerator.device
-        with loading(self._loader(start)) as batches:
+        with self._batches(start) as batches:
             for step in range(start, config.steps):
                 torch.manual_seed(mixed(config.seed, 2, step, self.rank))  # whatever a network draws, it draws again
                 rate = learning_rate(step, config.steps, config.warmup, config.lr, power=config.power)
@@ -153,9 +152,8 @@ class Trainer:
                 first = torch.where(torch.isfinite(values), NEVER, step)
                 self._first_bad = torch.minimum(self._first_bad, first)
                 read = step % config.log_every == 0 or step == config.steps - 1
-                shown = (
-                    self._read(values, step) if read else None
-                )  # before the weights move, so that they can be looked at
+                # Before the weights move, so that they can be looked at.
+                shown = self._read(values, step) if read else None
                 if config.clip > 0:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
                 self.optimizer.step()
@@ -198,19 +196,14 @@ class Trainer:
     def _adamw(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
 
-    def _loader(self, start: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _batches(self, start: int) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor]]]:
         config = self.config
         numbers = [  # of one rank, step by step
             samples(step, config.batch_size, self.rank, self.ranks, config.accumulate)
             for step in range(start, config.steps)
         ]
-        return DataLoader(
-            self.samples,
-            batch_sampler=numbers,
-            num_workers=config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=patient,
-        )
+        pin = self.accelerator.device.type == "cuda"
+        return loading(self.samples, batch_sampler=numbers, num_workers=config.workers, pin_memory=pin)
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over ranks once a step, in its last part."""

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ffr import FFR, DenseCRF
 from ffr.cam import normalize_cam, present_classes, put_classes, take_classes, to_float, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
-from recipe.data import EvalImages, Example, SceneExamples, loading, patient
+from recipe.data import EvalImages, Example, SceneExamples, loading
 from recipe.prepare import start_worker
 
 THRESHOLDS = tuple(i / 100 for i in range(100))
@@ -196,6 +196,11 @@ def refining(
             yield lambda image, probs: pool.submit(refine, image.numpy(), probs.numpy())
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def queue_for(workers: int) -> int:
+    """Images that may wait for so many workers: each holds its probabilities, 100 MB in COCO."""
+    return workers + 2 if workers else 0
 
 
 def _refine(crf: DenseCRF, probabilities: bool, image: np.ndarray, probs: np.ndarray) -> np.ndarray:
@@ -387,7 +392,7 @@ def evaluate_all(
         """Take what the CRF has made, until at most so many images are left to it."""
         while len(waiting) > most:
             future, row, name, mask = waiting.popleft()
-            done(row, name, torch.from_numpy(future.result()).to(device), mask)  # counting is quicker there
+            done(row, name, torch.from_numpy(future.result()).to(device), mask)  # where the mask is
 
     def score(group: _Group, refine: Any) -> None:
         views = look(model, group.images, scales, protocols[0].precision)
@@ -405,18 +410,12 @@ def evaluate_all(
             for i, name in enumerate(group.names):
                 mask = None if group.masks is None else group.masks[i]
                 waiting.append((refine(images[i], probs[i]), row, name, mask))
-                collect(crf_workers + 2 if crf_workers else 0)  # an image of COCO waits with 100 MB
+                collect(queue_for(crf_workers))
 
     runs = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    loader = DataLoader(
-        _Read(dataset),
-        batch_sampler=runs[rank::world_size],
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=patient,
-    )
+    reading = loading(_Read(dataset), batch_sampler=runs[rank::world_size], num_workers=workers, collate_fn=list)
     crf = refining(crf_workers, protocols[0].crf_prune) if any(p.crf for p in protocols) else nullcontext()
-    with evaluating(model), crf as refine, loading(loader) as batches:
+    with evaluating(model), crf as refine, reading as batches:
         for turn, run in enumerate(batches):
             good = []
             for index, example in run:
