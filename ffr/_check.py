@@ -1,6 +1,10 @@
-"""The one wording of a shape, dtype or range error. Looks at metadata only: here no tensor value is read."""
+"""What every part needs at its door: the one wording of a shape, dtype or range error, and autocast off.
+
+Looks at metadata only: here no tensor value is read.
+"""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -148,6 +152,11 @@ def maps(owner: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     return (
         features if features.ndim == 4 else rows.transpose(1, 2).reshape(sizes["B"], sizes["D"], sizes["h"], sizes["w"])
     )
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operators keep the dtype of `x`; torch refuses to name autocast for the device "meta"."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _sentence(remedy: str) -> str:

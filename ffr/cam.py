@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -191,7 +192,10 @@ def multi_scale_cam(
     kind = images.device.type
     # Without autocast's cache: it would keep casts of the weights without a graph, and the training forward that
     # follows would use them (up to torch 2.5 at least) and train nothing.
-    with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+    cast: AbstractContextManager[object] = nullcontext()
+    if not images.is_meta:  # for which torch knows no autocast
+        cast = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+    with torch.no_grad(), cast:
         pixels = to_float(images)
         ids = None
         if labels is not None and max_present is not None:

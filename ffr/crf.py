@@ -98,7 +98,7 @@ class DenseCRF(nn.Module):
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
-        with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
+        with torch.no_grad(), _check.no_autocast(probs):
             if not batch:
                 return self._mean_field(image, probs)
             return torch.stack([self._mean_field(*pair) for pair in zip(image, probs, strict=True)])

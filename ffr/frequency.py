@@ -172,7 +172,7 @@ class _Join(torch.autograd.Function):
 def _as_graph(features: Tensor, mu: float, h: int, w: int) -> Bands:
     """The same in plain products, for a compiler to see through."""
     rows, columns = _matrices(h, w, mu, _working_dtype(features), features.device, _plain(features))
-    with torch.autocast(features.device.type, enabled=False):
+    with _check.no_autocast(features):
         x = features.to(rows.dtype)
         if features.ndim == 4:
             low = rows @ x @ columns
@@ -233,7 +233,7 @@ def _low_pass(x: Tensor, mu: float, tokens: bool, between: Tensor, out: Tensor) 
     if x.dtype != _working_dtype(x):
         wide = x.to(_working_dtype(x), memory_format=torch.contiguous_format)
         return out.copy_(_low_pass(wide, mu, tokens, torch.empty_like(wide), wide))
-    with torch.autocast(x.device.type, enabled=False):
+    with _check.no_autocast(x):
         if tokens:  # both products read rows of D contiguous channels: no transpose
             b, h, w, d = x.shape
             _along(x.reshape(b, h, w * d), mu, between.view(b, h, w * d))

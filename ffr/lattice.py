@@ -62,7 +62,7 @@ class PermutohedralLattice:
         _check.within(owner, at_least=1, at_most=6, d=dimensions)
         _check.within(owner, at_least=1, N=features.shape[0])
         self.exact_adjoint = exact_adjoint
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.no_grad(), _check.no_autocast(features):
             columns = features.to(torch.promote_types(features.dtype, torch.float32)).t().contiguous()
             self._build(columns, features.device.type == "cpu" if count is None else count)
             if normalize:
@@ -80,7 +80,7 @@ class PermutohedralLattice:
         """Filter ``(N, C)``, in the dtype of `values`; computed in that of the lattice. Carries no gradient."""
         _check.bind("PermutohedralLattice", sizes={"N": self.index.shape[0]}, values=(values, "N C"))
         _check.floating("PermutohedralLattice", values=values)
-        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        with torch.no_grad(), _check.no_autocast(values):
             return weighted_rows(self.index, self.blurred(values), self.weight).to(values.dtype)
 
     def blurred(self, values: Tensor) -> Tensor:

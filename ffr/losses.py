@@ -54,7 +54,7 @@ def segmentation_loss(
     _check.floating(owner, logits=logits)
     _check.integer(owner, label=label)
     label = label.long()  # a negative ignore_index would wrap around in uint8
-    with torch.autocast(logits.device.type, enabled=False):
+    with _check.no_autocast(logits):
         full = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if full.shape[2:] != label.shape[1:]:
             full = F.interpolate(full, size=tuple(label.shape[1:]), mode="bilinear", align_corners=False)
@@ -157,7 +157,7 @@ def affinity_loss(
     same = names[:, :, None] == names[:, None]
     positive = pairs & same & ~torch.eye(names.shape[1], dtype=torch.bool, device=names.device)
     negative = pairs & ~same
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _check.no_autocast(tokens):
         # Scaling by the norm first keeps fp16 products in range; a zero token is alike to none.
         norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulator(tokens))
         unit = (tokens / torch.where(norm > 0, norm, 1)).to(tokens.dtype)
@@ -286,7 +286,7 @@ def dense_energy_loss(
         raise TypeError(f"{owner}: expected `images` as uint8 or float in [0, 1], got {images.dtype}.")
     full = (sizes["H"], sizes["W"])
     small = tuple(max(1, int(scale * side)) for side in full)
-    with torch.autocast(logits.device.type, enabled=False):
+    with _check.no_autocast(logits):
         logits_full = logits.to(_accumulator(logits))
         if logits.shape[2:] != label.shape[1:]:
             logits_full = F.interpolate(logits_full, size=full, mode="bilinear", align_corners=False)

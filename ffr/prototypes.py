@@ -84,7 +84,7 @@ def class_prototypes(
                 f"{owner}: expected `cam` on the grid of {h} x {w}, or at pixels that it covers with `patch_size` "
                 f"{patch}, got {cam.shape[2]} x {cam.shape[3]}. Leave `patch_size` out for a CAM of the whole grid."
             )
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _check.no_autocast(tokens):
         ids, present = present_classes(labels, max_present)
         seeds = take_classes(cam.detach(), ids).relu()  # (B, m, H, W)
         if patch is not None:
@@ -205,7 +205,7 @@ def similarity_maps(
 
 def cosines(tokens: Tensor, vectors: Tensor) -> Tensor:
     """Cosine of every token (B, N, D) to every vector (B, m, D): (B, m, N), at least float32."""
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _check.no_autocast(tokens):
         # The prototypes are normalised, never the N tokens: no second copy of the features. Divided by sqrt(D)
         # on the way, as a product of a fp16 token with a unit vector may overflow.
         root = math.sqrt(tokens.shape[2])
@@ -237,7 +237,7 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         tokens, unit, cosine, inverse = ctx.saved_tensors
-        with torch.autocast(tokens.device.type, enabled=False):
+        with _check.no_autocast(tokens):
             if torch.is_grad_enabled():  # for a second derivative the norm must be in the graph
                 inverse = inverse_norm(tokens)
             weights = (gradients[0] * (inverse * ctx.root)[:, None]).to(tokens.dtype)  # (B, m, N)

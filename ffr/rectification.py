@@ -170,7 +170,7 @@ def rectification_loss(
         pairs = (real.sum(1) * valid.sum(1)).sum().to(wide)
     if stop_gradient:
         teacher = teacher.detach()
-    with torch.autocast(tokens.device.type, enabled=False):
+    with _check.no_autocast(tokens):
         if distance == "cosine":
             # A product of two fp16 tokens would overflow; that of a token and a unit vector does not.
             unit = (teacher * inverse_norm(teacher)[..., None]).to(tokens.dtype)

@@ -70,7 +70,7 @@ class PixelAdaptiveRefinement(nn.Module):
         owner = "PixelAdaptiveRefinement"
         _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
         _check.floating(owner, scores=scores)
-        with torch.autocast(scores.device.type, enabled=False):
+        with _check.no_autocast(scores):
             if _fused(images, scores):
                 from ffr import _refine_kernel
 
@@ -217,7 +217,7 @@ def refine_label(
     cams = (cam,) if isinstance(cam, Tensor) else cam
     height, width = sizes["H"], sizes["W"]
     small = (max(1, height // downscale), max(1, width // downscale))
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.no_grad(), _check.no_autocast(images):
         ids, present = present_classes(labels, max_present)
         stacks = []
         for one in cams:

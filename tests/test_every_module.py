@@ -359,7 +359,9 @@ def backward(part, batch, names, cast=None):
     if not outputs or not wanted:
         return result, []
     # weights that differ from place to place, so that no error cancels
-    total = sum((x * (1 + 0.1 * torch.arange(x.numel()).reshape(x.shape).cos())).sum() for x in outputs)
+    total = sum(
+        (x * (1 + 0.1 * torch.arange(x.numel(), device=x.device).reshape(x.shape).cos())).sum() for x in outputs
+    )
     return result, torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
 
 
@@ -592,6 +594,23 @@ def test_compiled_by_inductor_it_is_the_same(case):
     check_compiled(case, "inductor", {"rtol": 1e-6, "atol": 1e-6})
 
 
+def through(part, batch, change):
+    """A part and its batch with every tensor changed by `change`, what a `partial` binds included."""
+    if isinstance(part.target, partial):
+        part.target = partial(part.target.func, **each(part.target.keywords, change))
+    return part, each(batch, change)
+
+
+@every
+def test_it_runs_forward_and_backward_without_values(case):
+    """On the device "meta" whatever reads a value fails, and so does an operator that meets a tensor of the CPU."""
+    part, batch = through(case.part(torch.float32).to("meta"), case.batch(torch.float32), lambda x: x.to("meta"))
+    ours, wanted = backward(part, batch, case.smooth), backward(case.part(), case.batch(), case.smooth)
+    for one, other in zip(ours, wanted, strict=True):
+        assert {x.device.type for x in leaves(one)} <= {"meta"}
+        assert [x.shape for x in leaves(one)] == [x.shape for x in leaves(other)]
+
+
 def pretend(x):
     """The same tensor on a GPU, without values."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
@@ -608,9 +627,8 @@ def on_pretended_gpu(part, batch):
                 setattr(module, name, nn.Parameter(pretend(weight)))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, pretend(buffer))
-        if isinstance(part.target, partial):
-            part.target = partial(part.target.func, **each(part.target.keywords, pretend))
-        return part(**each(batch, pretend))
+        part, batch = through(part, batch, pretend)
+        return part(**batch)
 
 
 @every
