@@ -35,7 +35,9 @@ def fits(features: Tensor, h: int, w: int) -> bool:
     enough = channels >= (8 if features.stride(1) != h * w else 1)
     # A long side needs more shared memory than there is, and the second axis of a launch ends at 65,535.
     launches = max(_padded(h), _padded(w)) <= 512 and len(features) <= 65_535
-    return features.dtype in _DTYPES and features.numel() > 0 and enough and launches
+    # Offsets within an image are integers of 32 bits.
+    reach = sum((size - 1) * stride for size, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
+    return features.dtype in _DTYPES and features.numel() > 0 and enough and launches and reach < 2**31
 
 
 @torch.library.custom_op("ffr::split_bands", mutates_args=())

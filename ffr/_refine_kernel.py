@@ -128,7 +128,8 @@ def _weigh(  # type: ignore[no-untyped-def]
         red, green, blue = _unlike(there, red_at, green_at, blue_at, red_here, green_here, blue_here, inside)
         red, green, blue = red * red_scale, green * green_scale, blue * blue_scale
         share = tl.exp(-(red * red + green * green + blue * blue) / 3 - best) / total
-        tl.store(weights_at + k * area, share + tl.load(near_at + k), mask=inside)
+        tl.store(weights_at, share + tl.load(near_at + k), mask=inside)
+        weights_at += area  # k * area would pass 32 bits for a large image
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -157,6 +158,7 @@ def _spread(  # type: ignore[no-untyped-def]
     total = tl.zeros((CHANNELS, PIXELS), tl.float32)
     for k in range(count):
         there = _neighbour(table_at, k, y, x, height, width)
-        weight = tl.load(weights_at + k * area, mask=inside, other=0.0)
+        weight = tl.load(weights_at, mask=inside, other=0.0)
         total += weight[None, :] * tl.load(scores_at + plane + there[None, :], mask=both, other=0.0)
+        weights_at += area
     tl.store(spread_at + plane + place[None, :], total, mask=both)

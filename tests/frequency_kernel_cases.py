@@ -175,3 +175,6 @@ def test_what_does_not_fit_is_left_to_the_products():
     assert not kernel.fits(torch.zeros(1, 1, 1, 1).expand(65_536, 1, 2, 2), 2, 2)  # images on the second launch axis
     assert not kernel.fits(torch.zeros(1, 128 * 128, 8), 128, 128)  # too few channels of a token at a time
     assert not kernel.fits(torch.zeros(1, 1, 256, 256), 256, 256)
+    apart = torch.empty_strided((2, 8, 4, 4), (16, 2**28, 4, 1), device="meta")  # channels first, then images
+    assert kernel.fits(apart, 4, 4)
+    assert not kernel.fits(torch.empty_strided((2, 16, 4, 4), apart.stride(), device="meta"), 4, 4)
