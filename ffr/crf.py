@@ -250,7 +250,8 @@ def _refine_file(crf: DenseCRF, image: str, scores: str, result: str) -> str:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("crf_files: Pillow is missing. Run pip install 'ffr[examples]'.") from error
+        said = "crf_files: needs Pillow, which the extra `examples` brings."
+        raise ImportError(f"{said} Run pip install '.[examples]' in a checkout of ffr.") from error
     with Image.open(image) as opened:
         pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
     try:

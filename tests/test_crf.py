@@ -1,5 +1,7 @@
 """The dense CRF: mean field by all pairs, the compiled implementation as an oracle, and what it refuses."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -295,6 +297,12 @@ def test_a_missing_file_is_the_error_of_the_iteration(tmp_path):
         list(crf_files(DenseCRF(), [(tmp_path / "none.png", tmp_path / "none.npy", tmp_path / "out.png")], workers=0))
     with pytest.raises(ValueError, match="crf_files: expected `workers` in"):
         list(crf_files(DenseCRF(), [], workers=-1))
+
+
+def test_without_pillow_the_checkout_is_named_and_no_package_of_another_owner(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"crf_files: needs Pillow.* Run pip install '\.\[examples\]' in a checkout"):
+        list(crf_files(DenseCRF(), [("a.png", "a.npy", "b.png")], workers=0))
 
 
 # --- oracle and device ---
