@@ -225,7 +225,7 @@ def main() -> int:
             console.print(f"wrote {path}", soft_wrap=True)
     except (ValueError, OSError, Diverged) as error:
         print(f"quickstart: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
         print("quickstart: interrupted; no file is half-written.", file=sys.stderr)
         return 130

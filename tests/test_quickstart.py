@@ -216,6 +216,15 @@ def test_a_file_as_output_folder_is_refused(below, monkeypatch, capsys, tmp_path
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_training_that_diverges_has_the_exit_code_of_train(small, monkeypatch, capsys):
+    def diverges(*_):
+        raise quickstart.Diverged("cls", 3, {})
+
+    monkeypatch.setattr(quickstart, "train", diverges)
+    assert run_main(monkeypatch, "--steps", 4, "--out", small.out) == 3
+    assert "quickstart: step 3: the loss term `cls` is not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["train", "save_picture"])
 def test_an_interruption_leaves_no_half_written_file(where, small, monkeypatch, capsys):
     def interrupted(path, *args, **kwargs):
