@@ -91,6 +91,9 @@ def test_the_mode_is_restored_and_nothing_random_is_left_on():
     assert model.training and first == high_band_shares(model, images)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # no statistic moved
     assert list(first) == ["block 1", "block 2", "block 3", "block 4", "final"]
+    model.encoder.eval()  # frozen, say
+    high_band_shares(model, images)
+    assert model.training and model.head.training and not any(part.training for part in model.encoder.modules())
 
 
 def test_an_encoder_of_ones_own_shows_its_two_maps():
