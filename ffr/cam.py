@@ -92,7 +92,7 @@ def class_activation_map(features: Tensor, weight: Tensor, *, grid: tuple[int, i
     _check.bind(owner, sizes=sizes, weight=(weight, "K D"))
     _check.floating(owner, weight=weight)
     raw = F.linear(tokens, weight.to(tokens.dtype))  # (B, N, K)
-    return raw.transpose(1, 2).reshape(sizes["B"], -1, sizes["h"], sizes["w"])
+    return raw.transpose(1, 2).reshape(sizes["B"], len(weight), sizes["h"], sizes["w"])
 
 
 def normalize_cam(raw: Tensor, *, labels: Tensor | None = None) -> Tensor:

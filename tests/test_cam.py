@@ -108,6 +108,7 @@ def test_the_raw_cam_is_a_dot_product_in_every_token(seed, h, w):
     assert_close(raw, torch.from_numpy(want))
     assert_close(class_activation_map(x, weight[:, :, None, None]), raw, rtol=0, atol=0)
     assert_close(class_activation_map(x.flatten(2).transpose(1, 2), weight, grid=(h, w)), raw, rtol=0, atol=0)
+    assert class_activation_map(x[:0], weight).shape == (0, 3, h, w)
 
 
 def test_a_weight_in_another_precision_takes_that_of_the_features():
