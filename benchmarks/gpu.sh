@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark on this machine's GPU, each within its time, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
+# The benchmarks on this machine's GPU, each within its time, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
 # Figures go to FOLDER, by default benchmarks/results. What fails or runs out of time is named, the rest goes on, and the
 # exit status is 1.
 set -uo pipefail

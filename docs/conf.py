@@ -26,3 +26,12 @@ autodoc_inherit_docstrings = False
 # Names of other libraries: their pages are elsewhere, and the build stays off the network.
 nitpick_ignore = [("py:class", "ffr.cam.Maps"), ("py:class", "ffr.metrics.Self")]  # type variables
 nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|types|typing)\..*")]
+
+
+def setup(app):
+    """Leave out the fields of a NamedTuple: its docstring says what they are, their own only which number they have."""
+    app.connect("autodoc-skip-member", lambda app, what, name, value, skip, options: _is_field(value) or None)
+
+
+def _is_field(value):
+    return (getattr(value, "__doc__", None) or "").startswith("Alias for field number")

@@ -197,7 +197,8 @@ def timm_encoder(
         intermediate: the block of :math:`X_m`; negative counts from the end, -3 is the 10th of 12.
         img_size: grid for which position embeddings are allocated; the only size for families which cannot resample
             them (BEiT, CaiT, relpos, MLP-Mixer). None: timm's.
-        mean: three numbers for RGB in [0, 1]. None: ImageNet's, but for CLIP, SigLIP and PE models, whose own it is.
+        mean: of RGB, three numbers in [0, 1]. None: the model's own for CLIP, SigLIP and PE models, ImageNet's for all
+            others.
         std: as `mean`.
         **kwargs: to ``timm.create_model``, for example ``drop_path_rate``.
 
@@ -206,6 +207,7 @@ def timm_encoder(
 
     Raises:
         ImportError: without timm.
+        TypeError: if `pretrained`, `img_size` or `kwargs` come with a ready module.
         ValueError: for an unknown name, a model without one common grid or without a final norm, `intermediate`
             beyond the blocks, or a checkpoint that does not fit.
 

@@ -107,7 +107,12 @@ class FrequencyRectification(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Everything the method figure names, of one forward; CAMs are raw, before ReLU."""
+    """Everything the method figure names, of one forward.
+
+    `final`, `intermediate`, `low` and `high` are feature maps ``(B, D, h, w)``. `logits` and `logits_inter` ``(B, K)``
+    come from the classifiers; so do `cam` and `cam_inter` ``(B, K, h, w)``, raw, before ReLU. `seg` and `seg_high` are
+    the logits of the two heads ``(B, K + 1, h, w)``. `mask` is the encoder's, bool ``(B, h, w)`` or None.
+    """
 
     final: Tensor
     intermediate: Tensor

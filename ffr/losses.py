@@ -1,4 +1,4 @@
-"""Losses of the lineage that the method builds on: segmentation and token affinity."""
+"""Losses of the lineage that the method builds on: segmentation, token affinity and dense energy."""
 
 from collections.abc import Callable
 
@@ -250,7 +250,8 @@ def dense_energy_loss(
         sigma_xy: standard deviation of the position, in pixels of the images.
         scale: everything is shrunk by it first, in (0, 1]: P bilinearly, the others to the nearest pixel.
         ignore_index: label of pixels whose gate is open.
-        exact_gradient: off, the customary approximation :math:`-2 g (G S)` in place of the sum above, at half the cost.
+        exact_gradient: False takes the customary approximation :math:`-2 g (G S)` in place of the sum above: half as
+            many channels are filtered.
 
     Returns:
         a scalar <= 0, at least float32; exactly 0, connected to the graph, for an image without a region of

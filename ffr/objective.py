@@ -18,11 +18,14 @@ from ffr.refine import PixelAdaptiveRefinement, refine_label
 
 
 class Terms(NamedTuple):
-    """The weighted sum, with its graph, and every term unweighted and detached; 0 where a term is off.
+    r"""The weighted sum, with its graph, and every term unweighted and detached; 0 where a term is off.
 
-    The last three are no terms but what to watch beside them, shares in [0, 1] of this rank's batch: `ignored` and
-    `foreground` of the pixels in the pseudo label of the final CAM, `selected` of the (token, valid class) pairs. A
-    label that is nearly all ignored, or has hardly any foreground, teaches nothing.
+    `cls` and `cls_inter` are the classification losses, `seg` is :math:`L_{s1}`, `seg_high` :math:`L_{s2}`, `rect`
+    :math:`L_r`, `aff` :math:`L_\text{aff}`, and `energy` the dense energy :math:`L_\text{reg}`.
+
+    The last three are no losses, but worth watching beside them. They are shares in [0, 1] of this rank's batch:
+    `ignored` and `foreground` of the pixels in the pseudo label of the final CAM, `selected` of the (token, valid
+    class) pairs. A label that is nearly all ignored, or has hardly any foreground, teaches nothing.
     """
 
     total: Tensor
@@ -48,20 +51,21 @@ class FFRLoss(nn.Module):
 
     Before `start` the segmentation head has no gradient: DDP needs ``find_unused_parameters=True``.
 
-    To compile it whole, ``torch.compile(objective)``, pass one number for all steps of a phase, such as
-    ``step=start if step >= start else 0``: a graph each. A number that grows costs one graph more, and with
-    ``dynamic=False`` one at every step.
+    To compile the whole objective, ``torch.compile(objective)``, pass the same `step` throughout a phase, such as
+    ``step=start if step >= start else 0``: then there is one graph for each phase. A `step` that grows costs one graph
+    more, and with ``dynamic=False`` one graph at every step.
 
     Args:
         model: the network.
         start: step from which the segmentation losses, L_r and the dense energy count.
         affinity_start: step from which the affinity loss counts.
-        ignore_index: label of undecided pixels in the pseudo labels, none of 0..K: with 255 classes or more another.
+        ignore_index: label of undecided pixels in the pseudo labels. It must be none of 0..K, so with 255 classes or
+            more pass another one.
         high, low: thresholds of the pseudo labels of both heads, see `ffr.refine.refine_label`.
         affinity_high, affinity_low: thresholds of the affinity label, see `ffr.cam.cam_to_label`.
-        scales, flip: of the CAM that the labels come from, see `ffr.cam.multi_scale_cam`.
+        scales, flip: of the CAM from which the pseudo labels are made, see `ffr.cam.multi_scale_cam`.
         w_seg, lambda_h, lambda_l, w_aff, w_reg: weights, each >= 0.
-        prototypes, rectification, segmentation, affinity, energy, refinement: parts of one's own, not the defaults.
+        prototypes, rectification, segmentation, affinity, energy, refinement: a module in place of the default one.
         all_reduce: sums a detached count over ranks, for an objective that does not depend on their number.
         world_size: number of ranks that `all_reduce` sums over.
 

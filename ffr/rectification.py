@@ -33,7 +33,7 @@ def select_tokens(
         low: their low band, of the same shape.
         prototypes: ``(B, K, D)``.
         valid: bool ``(B, K)``; other classes select nothing.
-        gap: least change of the cosine, in [0, 2].
+        gap: a token is selected where its cosine changes by more than this; in [0, 2].
         mask: bool ``(B, h, w)``, False leaves a token out.
         grid: ``(h, w)``, for tokens.
         max_present: an upper bound of the valid classes of one image, known on the host; the others then cost nothing.
@@ -190,7 +190,8 @@ class RectificationLoss(nn.Module):
     """`rectification_loss` with its settings bound; no parameters, no buffers. `select` shows what it picks.
 
     Args:
-        gap: least change of a token's cosine to a prototype, in [0, 2]; None: every token, without guidance.
+        gap: a token is selected where its cosine to a prototype changes by more than this, in [0, 2]; None: every
+            token counts, without guidance by classes.
         min_fraction: floor of the denominator as a share of all pairs, in [0, 1].
         distance: "cosine", "l1" or "l2".
         stop_gradient: whether the low band is a fixed teacher.

@@ -26,8 +26,8 @@ class PixelAdaptiveRefinement(nn.Module):
     channel over those neighbours, :math:`k^\text{pos}` the same on distances. The weights sum to 1.01, so scores
     grow by that factor each iteration and their order does not care. Gradients flow through the scores alone.
 
-    Scores of a CUDA GPU that need no derivative go through a fused kernel where Triton is installed, unless they are
-    float64 or a compiler or a transform is at work.
+    On a CUDA GPU of compute capability 8.0 or more, with Triton, scores that need no gradient go through a fused
+    kernel, unless they are float64, or `torch.compile` or a transform such as vmap is at work.
 
     Args:
         dilations: distances of the neighbours in pixels, each >= 1.
