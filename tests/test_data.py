@@ -17,7 +17,6 @@ from recipe.data import (
     Item,
     Split,
     TrainImages,
-    collate,
     read_image,
     read_mask,
     read_split,
@@ -412,14 +411,10 @@ def test_evaluation_shows_images_as_they_are(folder):
 
 
 def test_what_is_unknown_is_none(folder):
-    examples = list(DataLoader(EvalImages(read_split(folder, "val")), collate_fn=collate, batch_size=1))
+    dataset = EvalImages(read_split(folder, "val"))
+    examples = [dataset[number] for number in range(len(dataset))]
     assert examples[0].mask is not None and examples[0].labels is not None
     assert examples[1].mask is None and examples[1].labels is None and examples[1].image.ndim == 3
-
-
-def test_examples_are_not_stacked(folder):
-    with pytest.raises(ValueError, match=r"collate: expected batches of 1 image, got 2"):
-        collate([EvalImages(read_split(folder, "val"))[0]] * 2)
 
 
 def test_evaluation_names_a_mask_that_does_not_fit(folder):

@@ -459,13 +459,6 @@ class SceneExamples(Dataset[Example]):
         return Example(self.name(index), images[index], masks[index], labels[index])
 
 
-def collate(batch: Sequence[Example]) -> Example:
-    """The one example of a batch of 1, unchanged: images differ in size, so there is nothing to stack."""
-    if len(batch) != 1:
-        raise ValueError(f"collate: expected batches of 1 image, got {len(batch)}. Set batch_size=1.")
-    return batch[0]
-
-
 # What a run reads -------------------------------------------------------------------------------------------------
 
 
