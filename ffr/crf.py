@@ -111,7 +111,7 @@ class DenseCRF(nn.Module):
     def from_label(
         self, image: Tensor, label: Tensor, *, num_classes: int, confidence: float = 0.7, ignore_index: int = 255
     ) -> Tensor:
-        """The same for a label map that one trusts so far, such as a thresholded CAM.
+        """The same for a label map that is only partly to be trusted, such as a thresholded CAM.
 
         Args:
             image: ``(3, H, W)`` or ``(B, 3, H, W)``, as in `forward`.
