@@ -314,10 +314,10 @@ def notes(settings: Settings, data: str, rows: dict[str, dict[str, Any]]) -> lis
     for name, row in rows.items():
         protocol, cuts = row["protocol"], row["thresholds"]
         way = f"scales {' '.join(map(str, protocol['scales']))}{' with flip' if protocol['flip'] else ''}"
-        if protocol["cam_scales"]:
-            way += f" (CAM: {' '.join(map(str, protocol['cam_scales']))})"
         if protocol["crf"]:
             way += "; then the dense CRF, which leaves the CAM alone"
+        elif protocol["cam_scales"]:
+            way += f" (CAM: {' '.join(map(str, protocol['cam_scales']))})"
         for cam, cut in cuts.items():
             way += f"; {'CAM' if cam == 'cam' else 'inter CAM'} above {cut['value']}, {cut['source']}"
         said.append(f"{name}: {way}.")

@@ -419,6 +419,14 @@ def test_the_table_and_the_json_are_those_of_the_function(command, folder):
     assert "background" in said and "10 with a mask" in said and "best.safetensors on val, in percent" in said
 
 
+def test_a_row_without_cams_names_no_scales_of_theirs():
+    protocol = {"scales": (1.0, 1.5), "flip": True, "cam_scales": (1.0, 0.5), "crf": True}
+    images = {"looked_at": 1, "listed": 1, "segmentation": 1}
+    rows = {"multi-crf": {"protocol": protocol, "images": images, "thresholds": {}, "left_out": {}}}
+    (said,) = [line for line in script.notes(script.Settings(Path("w")), "d", rows) if line.startswith("multi-crf")]
+    assert said == "multi-crf: scales 1.0 1.5 with flip; then the dense CRF, which leaves the CAM alone."
+
+
 def test_a_sweep_is_marked_in_table_and_json(command):
     code, said, record = command("--sweep", "--rows", "single", "--labels", "predicted", "--images", 4)
     assert code == 0 and record["rows"]["single"]["thresholds"]["cam"]["source"] == CHOSEN
