@@ -257,18 +257,23 @@ class BoundaryIoU(_Counts):
 
         The size of the label maps sets the width of the band: do not pad them.
         """
-        batch = _pair("BoundaryIoU", prediction, target)
+        guess, truth = _pair("BoundaryIoU", prediction, target)
         radius = max(1, round(self.dilation * math.hypot(*target.shape[-2:])))
-        labels = torch.arange(self.num_labels, device=target.device)[:, None, None]
-        counts = self.counts.to(target.device)
-        for guess, truth in zip(*batch, strict=True):
-            counted = truth != self.ignore_index
-            mine, right = _band((guess == labels) & counted, radius), _band(truth == labels, radius)
-            sums = torch.stack([mine & right, mine | right, right]).sum((2, 3)).T  # (num_labels, 3)
-            known = [((x >= 0) & (x < self.num_labels)) | (x == self.ignore_index) for x in (guess, truth)]
-            rest = torch.stack([(counted & ~(known[0] & known[1])).sum(), (~counted).sum()])
-            counts = counts + torch.cat([sums.flatten(), rest])
-        self.counts = counts
+        counted = truth != self.ignore_index
+        known = [((x >= 0) & (x < self.num_labels)) | (x == self.ignore_index) for x in (guess, truth)]
+        guess = torch.where(counted, guess, self.ignore_index)
+        mine, right = _rim(guess, radius), _rim(truth, radius)
+        both = self._per_label(truth, mine & right & (guess == truth))
+        truths = self._per_label(truth, right)
+        sums = torch.stack([both, self._per_label(guess, mine) + truths - both, truths], 1)  # (num_labels, 3)
+        rest = torch.stack([(counted & ~(known[0] & known[1])).sum(), (~counted).sum()])
+        self.counts = self.counts.to(target.device) + torch.cat([sums.flatten(), rest])
+
+    def _per_label(self, labels: Tensor, chosen: Tensor) -> Tensor:
+        """How many of the chosen pixels have each label."""
+        index = torch.where(chosen & (labels >= 0) & (labels < self.num_labels), labels, self.num_labels).flatten()
+        sums = index.new_zeros(self.num_labels + 1)
+        return sums.scatter_add(0, index, index.new_ones(1).expand_as(index))[:-1]
 
     def iou(self) -> Tensor:
         """Boundary IoU of each class: as `ConfusionMatrix.iou`, and NaN for background."""
@@ -330,17 +335,18 @@ def _iou(table: Tensor) -> Tensor:
     return torch.where(truth > 0, both / union, torch.nan)
 
 
-def _band(masks: Tensor, radius: int) -> Tensor:
-    """Pixels of boolean masks ``(..., H, W)`` within `radius` of the outside; beyond the image is outside."""
-    core = F.pad(masks, (radius,) * 4)
+def _rim(labels: Tensor, radius: int) -> Tensor:
+    """Pixels of label maps ``(B, H, W)`` within `radius` of another label; beyond the image is another."""
+    low = high = F.pad(labels, (radius,) * 4, value=-1)
     for dim in (-2, -1):
-        width = 1  # each round doubles the window over which `core` is a minimum, up to 2 radius + 1
+        width = 1  # each round doubles the window of the minimum and the maximum, up to 2 radius + 1
         while width < 2 * radius + 1:
             step = min(width, 2 * radius + 1 - width)
-            size = core.shape[dim] - step
-            core = core.narrow(dim, 0, size) & core.narrow(dim, step, size)
+            size = low.shape[dim] - step
+            low = torch.minimum(low.narrow(dim, 0, size), low.narrow(dim, step, size))
+            high = torch.maximum(high.narrow(dim, 0, size), high.narrow(dim, step, size))
             width += step
-    return masks & ~core
+    return low != high
 
 
 def _pair(owner: str, prediction: Tensor, target: Tensor) -> list[Tensor]:
