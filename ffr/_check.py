@@ -84,14 +84,41 @@ def one_of(owner: str, name: str, value: object, choices: tuple[object, ...], /)
 
 
 def within(
-    owner: str, /, *, at_least: float = 0.0, at_most: float = float("inf"), remedy: str = "", **values: float
+    owner: str,
+    /,
+    *,
+    at_least: float = 0.0,
+    at_most: float = float("inf"),
+    whole: bool = False,
+    remedy: str = "",
+    **values: float,
 ) -> None:
-    """Refuse numbers outside [at_least, at_most], NaN included."""
+    """Refuse numbers outside [at_least, at_most], NaN included, and what is no number; for `whole`, no integer."""
     for name, value in values.items():
+        if not _number(value, whole):
+            wanted = "an integer" if whole else "a number"
+            raise TypeError(f"{owner}: expected `{name}` to be {wanted}, got {value!r}.{_sentence(remedy)}")
         if isinstance(value, Tensor) or not at_least <= value <= at_most:
             raise ValueError(
                 f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
             )
+
+
+def pair(owner: str, /, **values: tuple[int, int]) -> None:
+    """Refuse what is no (height, width)."""
+    for name, value in values.items():
+        if isinstance(value, (int, float)) or len(value) != 2 or not all(_number(side, whole=True) for side in value):
+            raise ValueError(f"{owner}: expected `{name}` of two integers, (height, width), got {value!r}.")
+
+
+def ranks(owner: str, all_reduce: Callable[[Tensor], Tensor] | None, world_size: int, /) -> None:
+    """Refuse a number of ranks that nothing sums over: it would multiply the loss."""
+    within(owner, at_least=1, whole=True, world_size=world_size)
+    if all_reduce is None and world_size != 1:
+        raise ValueError(
+            f"{owner}: expected `all_reduce` with `world_size` {world_size}, got None. Pass both, or neither: without "
+            "a sum over ranks each counts alone."
+        )
 
 
 def label_names(owner: str, /, *, num_classes: int, ignore_index: int) -> None:
@@ -103,8 +130,9 @@ def label_names(owner: str, /, *, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def reduced(owner: str, counts: Tensor, all_reduce: Callable[[Tensor], Tensor] | None, /) -> Tensor:
+def reduced(owner: str, counts: Tensor, all_reduce: Callable[[Tensor], Tensor] | None, world_size: int, /) -> Tensor:
     """The counts summed over ranks, where there are any; refuses a function that sums in place and gives nothing."""
+    ranks(owner, all_reduce, world_size)
     total = counts if all_reduce is None else all_reduce(counts)
     if not isinstance(total, Tensor):
         raise TypeError(
@@ -124,6 +152,8 @@ def tokens(
     """
     known = dict(sizes or {})
     out = []
+    if grid is not None:
+        pair(owner, grid=grid)
     for name, tensor in features.items():
         if isinstance(tensor, Tensor) and tensor.ndim == 3 and grid is not None:
             height, width = grid
@@ -157,6 +187,13 @@ def maps(owner: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which operators keep the dtype of `x`; torch refuses to name autocast for the device "meta"."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _number(value: object, whole: bool) -> bool:
+    # The types come first for torch.compile, whose numbers are symbols; those of numpy are neither.
+    if isinstance(value, int if whole else (int, float)):
+        return True
+    return hasattr(value, "__index__" if whole else "__float__")
 
 
 def _sentence(remedy: str) -> str:

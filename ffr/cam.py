@@ -39,13 +39,14 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int] | None = None, prefix: i
     owner = "tokens_to_map"
     sizes = _check.bind(owner, tokens=(tokens, "B T D"))
     total = sizes["T"]
-    _check.within(owner, prefix=prefix, at_most=total - 1)
+    _check.within(owner, whole=True, prefix=prefix, at_most=total - 1)
     count = total - prefix
     if grid is None:
         side = math.isqrt(count)
         if side * side != count:
             raise ValueError(f"{owner}: {count} tokens are not a square grid.{_square_hint(total, prefix)}")
         grid = (side, side)
+    _check.pair(owner, grid=grid)
     if grid[0] * grid[1] != count:
         raise ValueError(
             f"{owner}: expected `grid` with h * w = {count} (tokens {tuple(tokens.shape)}, prefix {prefix}), "
@@ -164,6 +165,7 @@ def multi_scale_cam(
 
     Raises:
         ValueError: if a shape or a scale does not fit, or `max_present` is given without `labels`.
+        TypeError: if `fn` gives neither a tensor nor a tuple of tensors.
 
     Example:
         >>> import torch
@@ -242,6 +244,11 @@ def whole_patches(maps: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 
 def _each(maps: Maps) -> tuple[bool, tuple[Tensor, ...]]:
     """Whether it is one tensor, and the tensors."""
+    if not isinstance(maps, (Tensor, tuple, list)):
+        raise TypeError(
+            f"multi_scale_cam: expected maps of shape (B, K, h, w), or a tuple of them, from `fn`, got "
+            f"{type(maps).__name__}. Return the raw CAM."
+        )
     return (True, (maps,)) if isinstance(maps, Tensor) else (False, maps)
 
 
@@ -324,7 +331,7 @@ def label_to_cam(label: Tensor, *, num_classes: int) -> Tensor:
     owner = "label_to_cam"
     _check.bind(owner, label=(label, "B H W"))
     _check.integer(owner, label=label)
-    _check.within(owner, num_classes=num_classes, at_least=1)
+    _check.within(owner, whole=True, num_classes=num_classes, at_least=1)
     classes = torch.arange(1, num_classes + 1, device=label.device)
     return (label[:, None] == classes[:, None, None]).float()
 
@@ -352,10 +359,13 @@ def to_image(maps: Tensor, size: tuple[int, int], patch_size: int) -> Tensor:
         >>> to_image(torch.zeros(1, 3, 7, 9), (100, 130), 16).shape
         torch.Size([1, 3, 100, 130])
     """
+    owner = "to_image"
+    _check.pair(owner, size=size)
+    _check.within(owner, at_least=1, whole=True, patch_size=patch_size)
     height, width = size
     grid = {"h": math.ceil(height / patch_size), "w": math.ceil(width / patch_size)}
     remedy = f"Pass the size of the image that gave the maps: {height} x {width} has {grid['h']} x {grid['w']} patches"
-    _check.bind("to_image", sizes=grid, remedy=remedy, maps=(maps, "B C h w"))
+    _check.bind(owner, sizes=grid, remedy=remedy, maps=(maps, "B C h w"))
     full = (grid["h"] * patch_size, grid["w"] * patch_size)
     return F.interpolate(maps, size=full, mode="bilinear", align_corners=False)[..., :height, :width]
 
@@ -379,7 +389,7 @@ def present_classes(labels: Tensor, max_present: int | None = None) -> tuple[Ten
     count = labels.shape[1]
     wanted = count if max_present is None else max_present
     remedy = f"`labels` has K={count} classes"
-    _check.within("present_classes", max_present=wanted, at_most=count, remedy=remedy)
+    _check.within("present_classes", whole=True, max_present=wanted, at_most=count, remedy=remedy)
     wanted = max(1, wanted)  # a batch of background alone has the bound 0; no class at all would be an empty tensor
     present, ids = (labels > 0.5).to(torch.uint8).sort(dim=1, descending=True, stable=True)
     return ids[:, :wanted], present[:, :wanted] > 0

@@ -39,7 +39,7 @@ class IntermediateClassifier(nn.Module):
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__()
-        _check.within("IntermediateClassifier", at_least=1, embed_dim=embed_dim, num_classes=num_classes)
+        _check.within("IntermediateClassifier", at_least=1, whole=True, embed_dim=embed_dim, num_classes=num_classes)
         self.embed_dim, self.num_classes = embed_dim, num_classes
         self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
         nn.init.trunc_normal_(self.weight, std=0.02)

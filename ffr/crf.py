@@ -68,7 +68,8 @@ class DenseCRF(nn.Module):
         super().__init__()
         owner = "DenseCRF"
         positive(owner, gaussian_sxy=gaussian_sxy, bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb)
-        _check.within(owner, gaussian_compat=gaussian_compat, bilateral_compat=bilateral_compat, iterations=iterations)
+        _check.within(owner, gaussian_compat=gaussian_compat, bilateral_compat=bilateral_compat)
+        _check.within(owner, whole=True, iterations=iterations)
         _check.within(owner, floor=floor, prune=prune, at_most=1.0)
         self.gaussian_sxy, self.gaussian_compat = gaussian_sxy, gaussian_compat
         self.bilateral_sxy, self.bilateral_srgb = bilateral_sxy, bilateral_srgb
@@ -132,7 +133,7 @@ class DenseCRF(nn.Module):
         sizes = _check.bind(owner, image=(image, f"{batch}3 H W"))
         _check.bind(owner, sizes=sizes, label=(label, f"{batch}H W"))
         _check.integer(owner, label=label)
-        _check.within(owner, at_least=1, num_classes=num_classes)
+        _check.within(owner, at_least=1, whole=True, num_classes=num_classes)
         _check.within(owner, confidence=confidence, at_most=1.0)
         label = label.long().unsqueeze(-3)
         names = torch.arange(num_classes + 1, device=label.device)[:, None, None]
@@ -226,7 +227,7 @@ def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None)
         >>> for path in crf_files(DenseCRF(), jobs):  # rich.progress.track(..., total=len(jobs)) draws a bar
         ...     pass
     """
-    _check.within("crf_files", workers=0 if workers is None else workers)
+    _check.within("crf_files", whole=True, workers=0 if workers is None else workers)
     paths = [tuple(str(path) for path in job) for job in jobs]
     for *_, result in paths:
         if not result.lower().endswith(".png"):

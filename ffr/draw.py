@@ -38,7 +38,7 @@ def palette(num_labels: int = 256) -> Pixels:
         >>> palette()[[1, 15, 255]].tolist()  # aeroplane, person, ignore
         [[128, 0, 0], [192, 128, 128], [224, 224, 192]]
     """
-    _check.within("palette", at_least=1, at_most=256, num_labels=num_labels)
+    _check.within("palette", at_least=1, at_most=256, whole=True, num_labels=num_labels)
     index = np.arange(num_labels)[:, None]
     colours = np.zeros((num_labels, 3), dtype=np.int64)
     for step in range(3):  # 8 bits are used up after three rounds of three

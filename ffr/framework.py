@@ -140,7 +140,8 @@ class FFR(nn.Module):
         dilation: of the segmentation heads, in tokens.
 
     Raises:
-        TypeError: if `encoder` lacks ``embed_dim`` or ``patch_size``; see `encode` for what it must give.
+        TypeError: if `encoder` lacks ``embed_dim`` or ``patch_size``, or they are no integers; see `encode` for what it
+            must give.
 
     Example:
         >>> import torch
@@ -168,6 +169,8 @@ class FFR(nn.Module):
                 "FFR: expected `encoder` to be callable, with attributes embed_dim and patch_size, got "
                 f"{type(encoder).__name__}. See ffr.encoder.Encoder, or use ffr.encoder.timm_encoder."
             )
+        name = f"FFR: encoder {type(encoder).__name__}"
+        _check.within(name, at_least=1, whole=True, embed_dim=encoder.embed_dim, patch_size=encoder.patch_size)
         self.encoder = encoder
         self.num_classes = num_classes
         self.classifier = IntermediateClassifier(encoder.embed_dim, num_classes)

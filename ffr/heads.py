@@ -37,6 +37,7 @@ class DualSegmentationHead(nn.Module):
         _check.within(
             "DualSegmentationHead",
             at_least=1,
+            whole=True,
             embed_dim=embed_dim,
             num_classes=num_classes,
             hidden=hidden,

@@ -62,7 +62,7 @@ def segmentation_loss(
         background = (label == 0) & (label != ignore_index)
         foreground = (label != 0) & (label != ignore_index)
         counts = torch.stack([background.sum(), foreground.sum()]).to(full.dtype)
-        counts = _check.reduced(owner, counts, all_reduce)
+        counts = _check.reduced(owner, counts, all_reduce, world_size)
         share = 0.5 * world_size / counts.clamp(min=1)
         return (entropy * (background * share[0] + foreground * share[1])).sum()
 
@@ -163,7 +163,7 @@ def affinity_loss(
         unit = (tokens / torch.where(norm > 0, norm, 1)).to(tokens.dtype)
         alike = torch.bmm(unit, unit.transpose(1, 2)).abs().to(norm.dtype)
         counts = torch.stack([positive.sum(), negative.sum()]).to(norm.dtype)
-        counts = _check.reduced(owner, counts, all_reduce)
+        counts = _check.reduced(owner, counts, all_reduce, world_size)
         sums = torch.stack([(alike * positive).sum(), (alike * negative).sum()])
         means = sums * (world_size / (counts + 1))
         halves = torch.stack([1 - means[0], means[1]]) * (counts > 0)

@@ -70,7 +70,8 @@ class FFRLoss(nn.Module):
         world_size: number of ranks that `all_reduce` sums over.
 
     Raises:
-        ValueError: if a weight or a threshold is out of range.
+        ValueError: if a weight or a threshold is out of range, or `world_size` comes without `all_reduce`.
+        TypeError: if `model` is no `ffr.FFR`, such as one that is wrapped already.
 
     Example:
         >>> import torch
@@ -119,12 +120,18 @@ class FFRLoss(nn.Module):
     ) -> None:
         super().__init__()
         owner = "FFRLoss"
+        if not all(hasattr(model, name) for name in ("num_classes", "encode", "cams", "head")):
+            raise TypeError(
+                f"{owner}: expected `model` to be an ffr.FFR, got {type(model).__name__}. Wrap the objective, not the "
+                "model, with what wraps modules, such as DistributedDataParallel."
+            )
         _check.label_names(owner, num_classes=model.num_classes, ignore_index=ignore_index)
         _check.within(owner, start=start, affinity_start=affinity_start)
         _check.within(owner, w_seg=w_seg, lambda_h=lambda_h, lambda_l=lambda_l, w_aff=w_aff, w_reg=w_reg)
         _check.within(owner, high=high, affinity_high=affinity_high, at_most=1.0)
         _check.within(owner, low=low, at_most=high)
         _check.within(owner, affinity_low=affinity_low, at_most=affinity_high)
+        _check.ranks(owner, all_reduce, world_size)
         self.model = model
         self.start, self.affinity_start = start, affinity_start
         self.high, self.low = high, low

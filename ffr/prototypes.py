@@ -78,7 +78,7 @@ def class_prototypes(
     h, w = sizes["h"], sizes["w"]
     patch = None if cam.shape[2:] == (h, w) else patch_size
     if patch is not None:
-        _check.within(owner, at_least=1, patch_size=patch)
+        _check.within(owner, at_least=1, whole=True, patch_size=patch)
         if (-(-cam.shape[2] // patch), -(-cam.shape[3] // patch)) != (h, w):
             raise ValueError(
                 f"{owner}: expected `cam` on the grid of {h} x {w}, or at pixels that it covers with `patch_size` "

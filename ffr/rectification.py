@@ -181,7 +181,7 @@ def rectification_loss(
         else:
             apart = (tokens - teacher).to(wide).square().mean(-1)
         counts = torch.stack([times.sum(), pairs])
-        counts = _check.reduced(owner, counts, all_reduce)
+        counts = _check.reduced(owner, counts, all_reduce, world_size)
         floor = torch.maximum(counts[0], min_fraction * counts[1]).clamp(min=1)
         return (apart * times).sum() * (world_size / floor)
 

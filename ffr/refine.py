@@ -52,8 +52,8 @@ class PixelAdaptiveRefinement(nn.Module):
         if not dilations:
             raise ValueError(f"{owner}: expected `dilations` with at least one distance, got {dilations!r}.")
         for dilation in dilations:
-            _check.within(owner, at_least=1, dilations=dilation)
-        _check.within(owner, iterations=iterations)
+            _check.within(owner, at_least=1, whole=True, dilations=dilation)
+        _check.within(owner, whole=True, iterations=iterations)
         self.dilations, self.iterations = tuple(dilations), iterations
         self._near = _position_weights(dilations)
 
@@ -212,7 +212,7 @@ def refine_label(
     sizes = _check.bind(owner, images=(images, "B 3 H W"), labels=(labels, "B K"))
     _check.within(owner, high=high, at_most=1.0)
     _check.within(owner, low=low, at_most=high)
-    _check.within(owner, downscale=downscale, at_least=1)
+    _check.within(owner, whole=True, downscale=downscale, at_least=1)
     _check.label_names(owner, num_classes=sizes["K"], ignore_index=ignore_index)
     cams = (cam,) if isinstance(cam, Tensor) else cam
     height, width = sizes["H"], sizes["W"]

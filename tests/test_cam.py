@@ -450,6 +450,11 @@ def test_maps_that_the_network_gives_in_another_form_are_refused():
         multi_scale_cam(lambda x: x[:2], torch.rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"multi_scale_cam: result of `fn`: expected `maps` .*, got \(4, 192\)"):
         multi_scale_cam(lambda x: x.flatten(1), torch.rand(2, 3, 8, 8))
+    for result, name in ((None, "NoneType"), ({"cam": torch.rand(4, 3, 8, 8)}, "dict")):
+        with pytest.raises(
+            TypeError, match=rf"multi_scale_cam: expected maps .* from `fn`, got {name}\. Return the raw"
+        ):
+            multi_scale_cam(lambda x, result=result: result, torch.rand(2, 3, 8, 8))
 
 
 # Label maps -------------------------------------------------------------------------------------------------------

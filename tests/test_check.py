@@ -2,11 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ffr
 from ffr import _check
 
 sizes = st.integers(0, 5)
@@ -130,6 +132,46 @@ def test_a_range_without_an_end_says_so():
         _check.within("f", at_least=1, n=0)
 
 
+@pytest.mark.parametrize(("value", "shown"), [("0.4", "'0.4'"), (None, "None"), ((16, 16), "(16, 16)"), ([1], "[1]")])
+def test_what_is_no_number_is_refused_by_name(value, shown):
+    with refused(TypeError, f"f: expected `mu` to be a number, got {shown}. 0.5 is Nyquist."):
+        _check.within("f", remedy="0.5 is Nyquist", mu=value)
+    with refused(TypeError, f"f: expected `n` to be an integer, got {shown}."):
+        _check.within("f", whole=True, n=value)
+
+
+def test_a_number_that_is_not_whole_is_refused_where_one_counts():
+    for value in (3, np.int64(3), np.uint8(3), True):
+        _check.within("f", whole=True, n=value)
+    _check.within("f", n=np.float32(3.5))
+    for value in (3.0, np.float64(3)):
+        with refused(TypeError, f"f: expected `n` to be an integer, got {value!r}."):
+            _check.within("f", whole=True, n=value)
+
+
+@pytest.mark.parametrize("value", [6, 6.0, (6,), (6, 6, 1), (6.0, 6.0), "6"])
+def test_what_is_no_height_and_width_is_refused_by_name(value):
+    for fine in ((6, 7), [6, 7], torch.Size([6, 7]), (np.int64(6), 7)):
+        _check.pair("f", grid=fine)
+    with refused(ValueError, f"f: expected `grid` of two integers, (height, width), got {value!r}."):
+        _check.pair("f", grid=value)
+    with pytest.raises(ValueError, match=r"^f: expected `grid` of two integers"):
+        _check.tokens("f", grid=value, x=torch.zeros(2, 36, 3))
+
+
+def test_ranks_that_nothing_sums_over_are_refused():
+    _check.ranks("f", None, 1)
+    _check.ranks("f", lambda counts: counts, 4)
+    with refused(
+        ValueError,
+        "f: expected `all_reduce` with `world_size` 4, got None. Pass both, or neither: without a sum over ranks each "
+        "counts alone.",
+    ):
+        _check.ranks("f", None, 4)
+    with refused(ValueError, "f: expected `world_size` in [1, inf], got 0."):
+        _check.ranks("f", lambda counts: counts, 0)
+
+
 def test_a_choice_is_taken_or_refused_with_the_choices():
     _check.one_of("f", "distance", "l1", ("cosine", "l1"))
     with refused(ValueError, "f: expected `distance` to be one of 'cosine', 'l1', got 'L1'."):
@@ -197,3 +239,53 @@ def test_a_second_tensor_must_have_the_sizes_of_the_first(shape, grid):
 def test_features_of_integers_are_refused():
     with refused(TypeError, "f: expected `x` of a floating dtype, got torch.int64. Convert it with .float()."):
         _check.tokens("f", x=torch.zeros(1, 2, 3, 4, dtype=torch.int64))
+
+
+# Across the package -----------------------------------------------------------------------------------------------
+
+X, CAM, LABELS, IMAGES = torch.ones(1, 4, 6, 6), torch.ones(1, 3, 24, 24), torch.ones(1, 3), torch.ones(1, 3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ffr.FrequencyMask("0.4"), "FrequencyMask: expected `mu` to be a number, got '0.4'"),
+        (lambda: ffr.ClassPrototypes(None), "ClassPrototypes: expected `seed_threshold` to be a number, got None"),
+        (lambda: ffr.IntermediateClassifier(4, 3.0), "IntermediateClassifier: expected `num_classes` to be an integer"),
+        (
+            lambda: ffr.DualSegmentationHead(4, 3, 8.0),
+            "DualSegmentationHead: expected `hidden` to be an integer, got 8.0",
+        ),
+        (lambda: ffr.PixelAdaptiveRefinement((1.5,)), "PixelAdaptiveRefinement: expected `dilations` to be an integer"),
+        (
+            lambda: ffr.PixelAdaptiveRefinement(iterations=2.5),
+            "PixelAdaptiveRefinement: expected `iterations` to be an",
+        ),
+        (lambda: ffr.DenseCRF(iterations=2.5), "DenseCRF: expected `iterations` to be an integer, got 2.5"),
+        (lambda: ffr.DenseEnergyLoss("1e-7"), "DenseEnergyLoss: expected `weight` to be a number, got '1e-7'"),
+        (
+            lambda: ffr.class_prototypes(X, CAM, LABELS, patch_size=(4, 4)),
+            "class_prototypes: expected `patch_size` to be",
+        ),
+        (
+            lambda: ffr.class_prototypes(X, CAM, LABELS, max_present=2.0),
+            "present_classes: expected `max_present` to be an",
+        ),
+        (lambda: ffr.refine_label(IMAGES, CAM, LABELS, downscale=1.5), "refine_label: expected `downscale` to be an"),
+        (
+            lambda: ffr.cam.label_to_cam(torch.ones(1, 2, 2).long(), num_classes=2.0),
+            "label_to_cam: expected `num_classes`",
+        ),
+        (lambda: ffr.cam.tokens_to_map(torch.ones(1, 5, 4), prefix=None), "tokens_to_map: expected `prefix` to be an"),
+        (lambda: ffr.cam.tokens_to_map(torch.ones(1, 4, 4), 2), "tokens_to_map: expected `grid` of two integers"),
+        (lambda: ffr.cam.to_image(CAM, IMAGES.shape, 1), "to_image: expected `size` of two integers, (height, width)"),
+        (
+            lambda: ffr.cam.to_image(CAM, (24, 24), (1, 1)),
+            "to_image: expected `patch_size` to be an integer, got (1, 1)",
+        ),
+        (lambda: ffr.draw.palette(20.0), "palette: expected `num_labels` to be an integer, got 20.0"),
+    ],
+)
+def test_a_number_of_the_wrong_kind_is_refused_where_it_is_given(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+        call()

@@ -236,6 +236,14 @@ def test_an_encoder_that_misses_the_protocol_is_refused(lacking):
         ffr.FFR(Odd(), 5)
 
 
+@pytest.mark.parametrize("name", ["embed_dim", "patch_size"])
+def test_an_encoder_whose_sizes_are_no_integers_is_refused(name):
+    encoder = TinyEncoder()
+    setattr(encoder, name, (8, 8))  # as timm has its patch_size
+    with pytest.raises(TypeError, match=rf"FFR: encoder TinyEncoder: expected `{name}` to be an integer, got \(8, 8\)"):
+        ffr.FFR(encoder, 5)
+
+
 class Given:
     """An encoder that gives what it is told."""
 

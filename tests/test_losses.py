@@ -461,3 +461,9 @@ def test_a_mask_of_numbers_is_refused_with_the_remedy():
 def test_a_reduction_in_place_that_returns_nothing_is_refused(loss):
     with pytest.raises(TypeError, match=f"{loss.__name__}: expected `all_reduce` to return the sum, got NoneType"):
         loss(noise(0, 2, 4, 5, 6), some_label(0, 2, 5, 6), all_reduce=lambda counts: None)
+
+
+@pytest.mark.parametrize("loss", [segmentation_loss, affinity_loss])
+def test_ranks_without_a_sum_over_them_are_refused(loss):
+    with pytest.raises(ValueError, match=f"{loss.__name__}: expected `all_reduce` with `world_size` 2, got None"):
+        loss(noise(0, 2, 4, 5, 6), some_label(0, 2, 5, 6), world_size=2)

@@ -773,3 +773,17 @@ def test_parts_with_another_ignore_index_are_refused(part):
     (name,) = part
     with pytest.raises(ValueError, match=f"FFRLoss: expected `{name}` with the `ignore_index` of this objective, 255"):
         objective(**part)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: nn.Sequential(model), lambda model: model.encoder])
+def test_what_is_not_the_network_itself_is_refused(wrap):
+    model = wrap(ffr.FFR(TinyEncoder(patch_size=4), 5, hidden=6))
+    with pytest.raises(
+        TypeError, match=rf"FFRLoss: expected `model` to be an ffr.FFR, got {type(model).__name__}\. Wrap"
+    ):
+        ffr.FFRLoss(model)
+
+
+def test_ranks_without_a_sum_over_them_are_refused():
+    with pytest.raises(ValueError, match="FFRLoss: expected `all_reduce` with `world_size` 2, got None"):
+        objective(world_size=2)

@@ -548,3 +548,10 @@ def test_a_reduction_in_place_that_returns_nothing_is_refused():
     rest = {"prototypes": noise(2, 2, 3, 3), "valid": torch.ones(2, 3) > 0}
     with pytest.raises(TypeError, match=r"rectification_loss: expected `all_reduce` to return the sum, got NoneType"):
         rectification_loss(features=x, low=x, **rest, all_reduce=lambda counts: None)
+
+
+def test_ranks_without_a_sum_over_them_are_refused():
+    x = noise(0, 2, 3, 4, 5)
+    rest = {"prototypes": noise(2, 2, 3, 3), "valid": torch.ones(2, 3) > 0}
+    with pytest.raises(ValueError, match="rectification_loss: expected `all_reduce` with `world_size` 2, got None"):
+        rectification_loss(features=x, low=x, **rest, world_size=2)
