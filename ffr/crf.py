@@ -87,18 +87,29 @@ class DenseCRF(nn.Module):
             probabilities of the shape, dtype and device of `probs`; they sum to 1 over the labels.
 
         Raises:
-            ValueError: if the shapes do not fit, or a number is not finite.
+            ValueError: if the shapes do not fit, a number is not finite, a float image is not in [0, 1], or `probs` are
+                logits.
             TypeError: for a wrong dtype.
         """
         owner = "DenseCRF"
         batch = "B " if getattr(image, "ndim", 0) == 4 else ""
         _check.bind(owner, image=(image, f"{batch}3 H W"))
         sizes = _check.bind(owner, image=(image, f"{batch}3 H W"), probs=(probs, f"{batch}C H W"))
-        _check.within(owner, at_least=1, C=sizes["C"], H=sizes["H"], W=sizes["W"])
+        _check.within(owner, at_least=1, B=sizes.get("B", 1), C=sizes["C"], H=sizes["H"], W=sizes["W"])
         _check.floating(owner, probs=probs)
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
+        # Resizing may leave either range by a rounding.
+        if image.is_floating_point():
+            darkest, brightest = (float(x) for x in image.detach().aminmax())
+            if darkest < -1e-3 or brightest > 1.001:
+                raise ValueError(
+                    f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
+                    "normalisation first, or divide bytes by 255."
+                )
+        if (least := float(probs.detach().min())) < -1e-3:
+            raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Pass logits to `from_logits`.")
         with torch.no_grad(), _check.no_autocast(probs):
             if not batch:
                 return self._mean_field(image, probs)
@@ -119,7 +130,7 @@ class DenseCRF(nn.Module):
             label: integer ``(H, W)`` or ``(B, H, W)``: 0 background, 1..K classes.
             num_classes: K, background not counted.
             confidence: probability of the label, in [0, 1]; the other labels share the rest.
-            ignore_index: label of pixels about which nothing is known.
+            ignore_index: label of pixels about which nothing is known, none of 0..K.
 
         Returns:
             float32 ``(K + 1, H, W)`` or ``(B, K + 1, H, W)``.
@@ -135,6 +146,7 @@ class DenseCRF(nn.Module):
         _check.integer(owner, label=label)
         _check.within(owner, at_least=1, whole=True, num_classes=num_classes)
         _check.within(owner, confidence=confidence, at_most=1.0)
+        _check.label_names(owner, num_classes=num_classes, ignore_index=ignore_index)
         label = label.long().unsqueeze(-3)
         names = torch.arange(num_classes + 1, device=label.device)[:, None, None]
         known = (label != ignore_index) & (label >= 0) & (label <= num_classes)

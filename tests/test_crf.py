@@ -391,6 +391,26 @@ def test_numbers_that_are_not_finite_are_refused(value):
         DenseCRF()(torch.full((3, 24, 32), value), scene()[1])
 
 
+@pytest.mark.parametrize(("factor", "offset", "got"), [(255, 0, r"0\.\.255"), (4, -2, r"-2\.\.2")])
+def test_floats_that_are_no_image_are_refused_and_roundings_are_not(factor, offset, got):
+    _, probs = scene()
+    image = torch.linspace(0, 1, 3 * 24 * 32).reshape(3, 24, 32)
+    with pytest.raises(
+        ValueError, match=rf"DenseCRF: expected `image` as uint8 or float in \[0, 1\], got {got}\. Undo"
+    ):
+        DenseCRF(iterations=1)(image * factor + offset, probs)
+    assert DenseCRF(iterations=1)(image * 1.001 - 0.0005, probs).isfinite().all()
+
+
+def test_logits_in_the_place_of_probabilities_are_refused_and_roundings_are_not():
+    image, probs = scene()
+    with pytest.raises(ValueError, match=r"DenseCRF: expected `probs` >= 0, got -\d.*\. Pass logits to `from_logits`"):
+        DenseCRF(iterations=1)(image, probs.log())
+    below = probs.clone()
+    below[3] = -1e-7  # one minus what should sum to one
+    assert_close(DenseCRF(iterations=1)(image, below), DenseCRF(iterations=1)(image, below.clamp(min=0)))
+
+
 @pytest.mark.parametrize("name", ["gaussian_sxy", "bilateral_sxy", "bilateral_srgb"])
 def test_a_sigma_that_is_not_positive_is_refused(name):
     for value in (0, -1, float("nan")):
@@ -421,3 +441,5 @@ def test_label_maps_that_do_not_fit_are_refused():
         DenseCRF().from_label(image, torch.zeros(24, 32).long(), num_classes=0)
     with pytest.raises(ValueError, match=r"`confidence` in \[0, 1\], got 1.5"):
         DenseCRF().from_label(image, torch.zeros(24, 32).long(), num_classes=2, confidence=1.5)
+    with pytest.raises(ValueError, match=r"`ignore_index` to be no label in 0..300 \(K = 300 classes\), got 255"):
+        DenseCRF().from_label(image, torch.zeros(24, 32).long(), num_classes=300)
