@@ -7,7 +7,7 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,19 @@ class Encoder(Protocol):
         True
     """
 
-    embed_dim: int
-    patch_size: int
+    if TYPE_CHECKING:  # read-only, so that a property is an attribute as well
+
+        @property
+        def embed_dim(self) -> int:
+            """D, channels of both features."""
+
+        @property
+        def patch_size(self) -> int:
+            """Side of a patch, in pixels."""
+
+    else:  # a subclass may set them
+        embed_dim: int
+        patch_size: int
 
     def __call__(self, images: Tensor, /) -> Features:
         """Encode images."""

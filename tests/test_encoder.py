@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.testing import assert_close
 
+from ffr import FFR
 from ffr.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Features, TimmEncoder, timm_encoder
 
 NARROW = {"depth": 4, "embed_dim": 48, "num_heads": 3}
@@ -418,6 +419,53 @@ def test_an_encoder_of_ones_own_needs_the_protocol_alone():
 
     assert isinstance(Own(), Encoder)
     assert not isinstance(nn.Linear(3, 3), Encoder)
+
+    class Heir(nn.Module, Encoder):  # nobody needs to, but may
+        def __init__(self):
+            super().__init__()
+            self.embed_dim, self.patch_size = 3, 1
+
+        def forward(self, images):
+            return Features(images, images)
+
+    assert FFR(Heir(), 2, hidden=4)(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.slow
+def test_a_type_checker_takes_every_way_to_have_the_two_numbers(tmp_path):
+    mypy = pytest.importorskip("mypy.api", reason="mypy comes with the extra `dev`")
+    text, errors, code = mypy.run(["--strict", "--config-file=", f"--cache-dir={tmp_path}", "-c", ENCODERS])
+    assert code == 0, text + errors
+
+
+ENCODERS = """
+from torch import Tensor, nn
+from ffr import FFR, Features
+
+class Instance(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.patch_size = 8, 16
+    def forward(self, images: Tensor) -> Features:
+        return Features(images, images)
+
+class Class:
+    embed_dim, patch_size = 8, 16
+    def __call__(self, images: Tensor) -> Features:
+        return Features(images, images)
+
+class Property(nn.Module):
+    @property
+    def embed_dim(self) -> int:
+        return 8
+    @property
+    def patch_size(self) -> int:
+        return 16
+    def forward(self, images: Tensor) -> Features:
+        return Features(images, images)
+
+FFR(Instance(), 3), FFR(Class(), 3), FFR(Property(), 3)
+"""
 
 
 def test_an_unknown_name_is_refused_with_close_ones():
