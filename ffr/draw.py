@@ -100,7 +100,7 @@ def heatmap(cam: Tensor | Array, image: Tensor | None = None, alpha: float = 0.5
         ValueError: if a shape does not fit, or a value or `alpha` is out of range.
     """
     _check.within("heatmap", at_most=1.0, alpha=alpha)
-    values = torch.as_tensor(cam).detach().to("cpu", torch.float64)
+    values = torch.as_tensor(cam, device="cpu").detach().double()
     _check.bind("heatmap", cam=(values, "h w"), remedy="Draw one class of one image at a time")
     if not bool(((values >= 0) & (values <= 1)).all()):  # NaN fails too
         raise ValueError("heatmap: expected `cam` in [0, 1]. Pass it through ffr.cam.normalize_cam first.")

@@ -176,6 +176,8 @@ class TimmEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what decides the features."""
+        if self.mean.is_meta:
+            return f"patch_size={self.patch_size}, intermediate={self.intermediate}"
         mean, std = ([round(value, 4) for value in values.flatten().tolist()] for values in (self.mean, self.std))
         return f"patch_size={self.patch_size}, intermediate={self.intermediate}, mean={mean}, std={std}"
 
@@ -198,6 +200,9 @@ def timm_encoder(
     Class, distillation and register tokens are dropped. Images need not be whole patches: they are padded with the
     mean colour on the right and below to the grid ``h = ceil(H / p)``, ``w = ceil(W / p)``. Every token then sees
     some of the image, so ``mask`` stays None; resize what is made from the features to ``(h p, w p)`` and crop.
+
+    `mean` and `std` are no part of the ``state_dict``. On the meta device they have no values, and ``to_empty`` makes
+    none: build the encoder where it will run.
 
     Args:
         model: a timm name, ``"vit_base_patch16_224"``; or a ready module with timm's ``forward_intermediates``,

@@ -31,7 +31,7 @@ class _Counts:
         if 0 <= ignore_index < num_labels:
             raise ValueError(f"{owner}: expected `ignore_index` outside 0..{num_labels - 1}, got {ignore_index}.")
         self.num_labels, self.ignore_index = num_labels, ignore_index
-        self.counts = torch.zeros(bins + 2, dtype=torch.int64)
+        self.counts = torch.zeros(bins + 2, dtype=torch.int64, device="cpu")  # whatever the default device
 
     def reset(self) -> None:
         """Forget everything counted so far."""
@@ -163,7 +163,7 @@ class ThresholdSweep(_Counts):
         if not self.thresholds or not rising or not 0 <= self.thresholds[0] <= self.thresholds[-1] <= 1:
             raise ValueError(f"ThresholdSweep: expected `thresholds` in [0, 1] and rising, got {self.thresholds}.")
         super().__init__(num_labels, ignore_index, num_labels * (num_labels - 1) * (len(self.thresholds) + 1))
-        self._edges = torch.tensor(self.thresholds, dtype=torch.float64)
+        self._edges = torch.tensor(self.thresholds, dtype=torch.float64, device="cpu")
 
     def update(self, cam: Tensor, target: Tensor) -> None:
         """Count one batch without host synchronisation.

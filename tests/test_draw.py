@@ -108,6 +108,13 @@ def test_warmer_is_brighter_all_the_way():
     assert colours[100].tolist() == [255, 242, 170]
 
 
+def test_a_default_device_does_not_reach_the_picture():
+    cam = torch.linspace(0, 1, 20).view(4, 5)
+    with torch.device("meta"):
+        pictures = [draw.heatmap(cam), draw.heatmap(cam.numpy())]
+    assert all(np.array_equal(picture, draw.heatmap(cam)) for picture in pictures)
+
+
 def test_a_cam_of_the_token_grid_is_stretched_over_its_image():
     cam = torch.tensor([[0.0, 1.0]])
     alone = draw.heatmap(cam, torch.zeros(3, 6, 8), alpha=1.0)

@@ -296,6 +296,11 @@ def test_clip_like_models_bring_their_own_statistics(name, mean):
     assert f"mean=[{mean:.4g}" in repr(encoder)
 
 
+def test_an_encoder_without_values_can_be_printed():
+    encoder = TimmEncoder(VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=3, num_heads=2)).to("meta")
+    assert "patch_size=4, intermediate=-3" in repr(encoder)
+
+
 def test_statistics_may_be_given_and_must_be_three_numbers():
     encoder = narrow(mean=(0, 0, 0), std=[1, 1, 1])
     x = images(1, 3, 64, 64)

@@ -232,6 +232,16 @@ def test_counting_may_begin_in_inference_mode_and_go_on_outside():
     assert matrix.matrix[1, 1] == 3
 
 
+def test_a_default_device_does_not_reach_the_counts():
+    with torch.device("meta"):
+        counting = ready("cpu")
+        for score, batch in counting:
+            score.update(*batch)
+    for (score, _), (expected, batch) in zip(counting, ready("cpu"), strict=True):
+        expected.update(*batch)
+        assert torch.equal(score.counts, expected.counts)
+
+
 # Updates never wait for the device --------------------------------------------------------------------------------
 
 
