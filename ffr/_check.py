@@ -160,6 +160,8 @@ def tokens(
             remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
             if tensor.shape[1] == height * width:  # another axis is wrong, and the shapes say which
                 remedy = ""
+            elif tensor.shape[0] == height * width:
+                remedy = "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1)"
             bound = bind(owner, sizes={**known, "N": height * width}, remedy=remedy, **{name: (tensor, "B N D")})
             known.update(B=bound["B"], D=bound["D"], h=height, w=width)
             out.append(tensor)

@@ -48,9 +48,12 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int] | None = None, prefix: i
         grid = (side, side)
     _check.pair(owner, grid=grid)
     if grid[0] * grid[1] != count:
+        hint = _square_hint(total, prefix, grid[0] * grid[1])
+        if sizes["B"] - prefix == grid[0] * grid[1]:
+            hint = " The tokens lie first: bring them to (B, P + N, D) with .transpose(0, 1)."
         raise ValueError(
             f"{owner}: expected `grid` with h * w = {count} (tokens {tuple(tokens.shape)}, prefix {prefix}), "
-            f"got {tuple(grid)} = {grid[0] * grid[1]}.{_square_hint(total, prefix, grid[0] * grid[1])}"
+            f"got {tuple(grid)} = {grid[0] * grid[1]}.{hint}"
         )
     return tokens[:, prefix:].transpose(1, 2).reshape(sizes["B"], sizes["D"], *grid)
 

@@ -79,6 +79,11 @@ def test_tokens_that_do_not_fill_a_grid_are_refused_with_the_remedy(count, setti
         tokens_to_map(torch.zeros(2, count, 8), **settings)
 
 
+def test_tokens_that_lie_before_the_batch_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"got \(14, 14\) = 196\. The tokens lie first: .* with \.transpose\(0, 1\)\."):
+        tokens_to_map(torch.zeros(197, 2, 8), grid=(14, 14), prefix=1)
+
+
 def test_no_prefix_is_named_where_tokens_are_missing():
     with pytest.raises(ValueError, match=r"got \(3, 4\) = 12\.$"):
         tokens_to_map(torch.zeros(2, 9, 8), grid=(3, 4))

@@ -218,6 +218,12 @@ def test_maps_and_tokens_may_meet_in_one_call():
             "of shape (B, N=196, D), got (2, 197, 768). "
             "`grid` is 14 x 14 = 196 tokens: drop prefix tokens, or correct `grid`.",
         ),
+        (
+            (196, 2, 768),
+            (14, 14),
+            "of shape (B, N=196, D), got (196, 2, 768). "
+            "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1).",
+        ),
     ],
 )
 def test_features_that_are_neither_maps_nor_tokens_of_the_grid_are_refused(shape, grid, message):
