@@ -150,8 +150,9 @@ class DenseCRF(nn.Module):
         label = label.long().unsqueeze(-3)
         names = torch.arange(num_classes + 1, device=label.device)[:, None, None]
         known = (label != ignore_index) & (label >= 0) & (label <= num_classes)
-        probs = torch.where(label == names, confidence, (1 - confidence) / num_classes)
-        return self.forward(image, torch.where(known, probs, 1 / (num_classes + 1)).float())
+        rest = (1 - confidence) / num_classes
+        probs = torch.where(label == names, label.new_tensor(confidence, dtype=torch.float32), rest)
+        return self.forward(image, torch.where(known, probs, 1 / (num_classes + 1)))
 
     def extra_repr(self) -> str:
         """The settings."""

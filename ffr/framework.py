@@ -51,6 +51,7 @@ class FrequencyRectification(nn.Module):
         self, mu: float = 0.4, seed_threshold: float = 0.7, gap: float = 0.05, min_fraction: float = 0.05
     ) -> None:
         super().__init__()
+        _check.within("FrequencyRectification", gap=gap, at_most=2.0)  # without one it would select nothing
         self.frequency = FrequencyMask(mu)
         self.prototypes = ClassPrototypes(seed_threshold)
         self.rectification = RectificationLoss(gap, min_fraction)

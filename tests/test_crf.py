@@ -182,6 +182,12 @@ def test_a_label_map_is_a_probability_of_its_confidence():
                 wanted[label[y, x], y, x] = 0.8
     assert_close(ours, wanted)
     assert_close(DenseCRF(iterations=0).from_label(image[None], label[None], num_classes=2, confidence=0.8)[0], wanted)
+    default, ours = torch.get_default_dtype(), DenseCRF(iterations=0).from_label(image, label, num_classes=2)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(DenseCRF(iterations=0).from_label(image, label, num_classes=2), ours)
+    finally:
+        torch.set_default_dtype(default)
     image, probs = scene()
     label = probs.argmax(0).to(torch.uint8)
     assert torch.equal(DenseCRF().from_label(image, label, num_classes=3)[1:3].argmax(0)[:, 0], torch.zeros(24).long())

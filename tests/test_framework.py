@@ -298,6 +298,8 @@ def test_a_number_out_of_range_is_refused_by_the_part_that_has_it():
         tiny(num_classes=0)
     with pytest.raises(ValueError, match="DualSegmentationHead: expected `dilation`"):
         tiny(dilation=0)
+    with pytest.raises(TypeError, match="FrequencyRectification: expected `gap` to be a number, got None"):
+        ffr.FrequencyRectification(gap=None)
 
 
 # --- FrequencyRectification ---
