@@ -63,7 +63,8 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     # index: a size that torch.compile holds as a symbol becomes a number, one graph per grid
     h, w = index(sizes["h"]), index(sizes["w"])
     if torch.compiler.is_compiling():
-        return _as_graph(features, mu, h, w)
+        # A mu that changes between calls is a symbol as well. Of all that keep the same, the least is made of numbers.
+        return _as_graph(features, max(index(passed(h, mu)) / h, index(passed(w, mu)) / w), h, w)
     return Bands(*_Split.apply(features, mu, h, w))
 
 

@@ -277,6 +277,15 @@ def test_a_default_device_does_not_reach_the_matrix(cold):
     assert_close(low, by_fft(x, 0.3))
 
 
+def test_a_compiled_mask_may_change_its_cutoff(cold):
+    torch._dynamo.reset()
+    mask, x = FrequencyMask(0.1), noise(0, 2, 3, 5, 7)
+    compiled = torch.compile(mask, fullgraph=True, backend="aot_eager")
+    for mu in (0.1, 0.2, 0.3, 0.45):
+        mask.mu = mu
+        assert_close(compiled(x).low, by_fft(x, mu))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_compiled_function_serves_every_grid_and_batch(cold, dynamic):
     torch._dynamo.reset()
