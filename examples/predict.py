@@ -31,7 +31,7 @@ try:
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, loading, read_image
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
-    from recipe.files import write_text, written
+    from recipe.files import files_below, write_text, written
     from recipe.prepare import command, counter, digest
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
@@ -152,9 +152,8 @@ def find(inputs: Iterable[str], out: Path) -> dict[Path, Path]:
 
 def images_in(path: Path) -> Iterator[Path]:
     """The images below a folder, sorted, hidden ones left out; or the file itself, if it is an image by its name."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+    for file in files_below(path) if path.is_dir() else [path]:
+        if file.suffix.lower() in SUFFIXES:
             yield file
 
 

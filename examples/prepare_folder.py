@@ -20,8 +20,10 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +32,7 @@ from typing import NamedTuple
 
 try:
     from recipe.data import SUFFIXES, Item, check_name, decoding, read_image, read_mask
+    from recipe.files import files_below
     from recipe.prepare import Done, Summary, claim, command, digest, values_of, work
     from rich.console import Console
 except ImportError as error:
@@ -92,16 +95,14 @@ def same(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip().removeprefix("./"))
 
 
-def find_images(root: Path) -> tuple[dict[str, Path], int]:
-    """Name -> file for all images below `root`, sorted, and how many other files there are."""
+def find_images(root: Path) -> tuple[dict[str, Path], Counter[str]]:
+    """Name -> file for all images below `root`, sorted, and how many other files there are of each suffix."""
     found: dict[str, Path] = {}
-    others = 0
-    for path in sorted(root.rglob("*")):
+    others: Counter[str] = Counter()
+    for path in files_below(root):
         inner = PurePosixPath(path.relative_to(root).as_posix())
-        if not path.is_file() or any(part.startswith(".") for part in inner.parts):
-            continue
         if path.suffix.lower() not in SUFFIXES:
-            others += 1
+            others[path.suffix.lower() or "no suffix"] += 1
             continue
         name = str(inner.with_suffix(""))
         check_name("--images", name)
@@ -167,7 +168,7 @@ def read_json(path: Path) -> list[Row]:
             labels = [labels] if isinstance(labels, str) else labels
             if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
                 raise ValueError(f"expected a list of class names for {name!r}, got {labels!r}")
-            rows.append(Row(f"{path}, {name!r}", name, tuple(labels)))
+            rows.append(Row(f"{path}, {name!r}", name, tuple(label.strip() for label in labels if label.strip())))
     return rows
 
 
@@ -188,6 +189,10 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
     if not rows:
         raise ValueError(f"--labels: {settings.labels} lists no image.")
     classes = settings.classes or header or tuple(sorted({label for row in rows for label in row.labels}))
+    if not classes:
+        raise ValueError(f"--labels: {settings.labels} names no class for any image.")
+    if settings.labels is not None and not (settings.classes or header):
+        refuse_several(rows, classes)
     if not classes or "" in classes or len(set(classes)) < len(classes):
         raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes)) or 'none'}.")
     names, labels = lookup(images), {}
@@ -200,6 +205,18 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
         check_name(f"--labels: {row.where}", name)
         labels[name] = tuple(sorted({classes.index(label) for label in row.labels}))
     return tuple(classes), labels
+
+
+def refuse_several(rows: Sequence[Row], classes: Sequence[str]) -> None:
+    """Refuse the label `cat,dog` where there is a class `cat`: several labels that are not separated as they should."""
+    joined = {name for name in classes if {part.strip() for part in re.split("[,;|]", name)} & {*classes} - {name}}
+    for row in rows if joined else ():
+        for label in row.labels:
+            if label in joined:
+                raise ValueError(
+                    f"--labels: {row.where}: {label!r} looks like several classes. Separate them by `;` in a CSV and "
+                    "list them in a JSON; if it is the name of one, name all classes by --classes."
+                )
 
 
 def lookup(images: dict[str, Path]) -> dict[str, str]:
@@ -334,7 +351,12 @@ def run(settings: Settings, console: Console) -> int:
         more = ", ..." if len(left) > 8 else ""
         notes.append(f"{len(left):,} images have no labels and are in no split: {', '.join(left[:8])}{more}")
     if others:
-        notes.append(f"{others:,} other files in {settings.images} are no images.")
+        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(8))
+        more = ", ..." if len(others) > 8 else ""
+        notes.append(
+            f"{others.total():,} other files in {settings.images} are left alone ({kinds}{more}); read are "
+            f"{' '.join(sorted(SUFFIXES))}."
+        )
     return summary.finish("prepare_folder", used, notes)
 
 

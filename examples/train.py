@@ -148,6 +148,8 @@ class Run:
         self.samples, self.classes = training_data(config)
         self.examples = None
         if config.val_split is not None:
+            if config.data is not None and not (path := config.data / f"{config.val_split}.json").is_file():
+                raise ValueError(f"--val-split: there is no {path}. Name another list, or add --val-split None.")
             self.examples, classes = evaluation_data(config, config.val_split)
             if classes != self.classes:
                 raise ValueError(f"--val-split: {config.val_split} has other classes than {config.train_split}.")

@@ -294,6 +294,16 @@ def test_files_folders_and_globs_are_found_once_and_named_from_where_they_were_a
         assert named(photos / "[oO]*") == names
 
 
+def test_linked_folders_are_searched_once_and_a_dead_link_is_skipped_and_named(command, photos, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/linked").symlink_to(photos / "a")
+    (photos / "a/back").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine/gone.png").symlink_to(tmp_path / "nowhere.png")
+    code, said = command(tmp_path / "mine")
+    assert code == 1 and "mine/gone.png: read_image: there is no file" in said
+    assert "labels/linked/x.png" in files(tmp_path / "out") and "of 1 images" in said
+
+
 def test_pictures_below_the_output_are_no_input(command, photos, tmp_path):
     code, said = command(photos, out="photos/out")
     assert code == 0 and "of 5 images" in said

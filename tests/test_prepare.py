@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
+from recipe.prepare import class_table
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
+from rich.console import Console
 from scipy.io import savemat
 
 from ffr.draw import load_label, save_label
@@ -652,9 +654,20 @@ def test_a_folder_per_class_gives_one_label_an_image(mine, monkeypatch, capsys):
     assert run(monkeypatch, prepare_folder, **mine, val_fraction=0.4) == 0
     assert labels_by_name(mine["out"]) == {stem(name): {name[0]} for name in NAMES}
     assert len(read_split(mine["out"], "val").items) == 2
-    assert "1 other files" in one_line(capsys.readouterr().out)
+    assert "1 other files in" in (said := one_line(capsys.readouterr().out))
+    assert "photos are left alone (.txt 1); read are .bmp .jpeg" in said
     images = TrainImages(read_split(mine["out"], "train"), crop=8)
     assert images[7][0].shape == (3, 8, 8)
+
+
+def test_linked_folders_are_searched_once_and_a_dead_link_is_named(mine, tmp_path, monkeypatch, capsys):
+    photo(tmp_path / "elsewhere/deep/z.jpg", 8, 8)
+    (mine["images"] / "c").symlink_to(tmp_path / "elsewhere")
+    (mine["images"] / "c/deep/back").symlink_to(mine["images"])  # without end, if it were followed
+    (mine["images"] / "b/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert run(monkeypatch, prepare_folder, **mine) == 1
+    assert labels_by_name(mine["out"]) == {stem(name): {name[0]} for name in (*NAMES, "c/deep/z.jpg")}
+    assert "- left out: b/gone: read_image: there is no file" in one_line(capsys.readouterr().out)
 
 
 KNOWN = {stem(name): {"cat", "big dog"} if i % 2 else {"cat"} for i, name in enumerate(NAMES)}
@@ -664,6 +677,7 @@ TABLES = {
     "excel.csv": "\ufeffname,labels\r\n"
     + "".join(f'"{n}",cat{"; big dog" * (i % 2)}\r\n' for i, n in enumerate(NAMES)),
     "list.json": json.dumps({n: ["cat", "big dog"][: 1 + i % 2] for i, n in enumerate(NAMES)}),
+    "spaces.json": json.dumps({n: [" cat", "big dog ", ""][: 1 + i % 2] for i, n in enumerate(NAMES)}),
     "decomposed.json": json.dumps({unicodedata.normalize("NFD", n): sorted(KNOWN[stem(n)]) for n in NAMES}),
 }  # fmt: skip
 
@@ -785,6 +799,19 @@ def test_the_images_of_each_class_are_counted_and_a_single_one_is_doubted(mine, 
     assert "shown by a single image: rokcet. Check the spelling." in said
 
 
+def test_a_class_may_have_a_comma_in_its_name(mine, tmp_path, monkeypatch):
+    rows = [f'{name},"{"crane, bird" if i else "crane"}"' for i, name in enumerate(NAMES)]
+    (tmp_path / "l.csv").write_text("\n".join(["name,labels", *rows]), encoding="utf-8")
+    given = {"labels": tmp_path / "l.csv", "classes": ("crane", "crane, bird")}
+    assert run(monkeypatch, prepare_folder, **mine, **given) == 0
+    assert read_split(mine["out"], "train").classes == given["classes"]
+
+
+def test_the_head_of_a_narrow_table_of_classes_stands_on_one_line(capsys):
+    Console().print(class_table({"ox": [3]}, ["train"]))
+    assert capsys.readouterr().out.splitlines()[0] == "images of each class, train"
+
+
 def test_of_many_classes_the_rarest_are_counted(mine, tmp_path, monkeypatch, capsys):
     often = [f"often {i}" for i in range(200)]
     (tmp_path / "l.json").write_text(
@@ -817,6 +844,10 @@ BAD_TABLES = {
     "value.json": ('{"a/one": [1]}', r"value\.json: expected a list of class names for 'a/one', got \[1\]"),
     "twice.json": ('{"a/one": [], "a/one": ["cat"]}', r"twice\.json, 'a/one': 'a/one' is listed a second time"),
     "none.json": ('{}', r"none\.json lists no image"),
+    "quoted.csv": ('name,labels\na/one,"cat, dog"\nb/5,cat\n', r"quoted\.csv, line 2: 'cat, dog' looks like several"),
+    "pipes.csv": ("name,labels\na/one,cat\nb/5,cat|dog\n", r"pipes\.csv, line 3: 'cat\|dog' looks like several"),
+    "joined.json": ('{"a/one": "cat;dog", "b/5": ["cat"]}', r"joined\.json, 'a/one': 'cat;dog' looks like several"),
+    "bare.csv": ("name,labels\na/one,\n", r"--labels: .*bare\.csv names no class"),
     "table.xlsx": ("", r"--labels: expected a \.csv or \.json file"),
 }  # fmt: skip
 

@@ -26,6 +26,23 @@ def written(path: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below a folder, sorted, hidden ones left out; a dead link is a file, which cannot be read.
+
+    Linked folders are searched, too, unless they lead back to one of the folders `above`.
+    """
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from files_below(path, (*above, here))
+        elif path.is_file() or path.is_symlink():
+            yield path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; an error names it."""
     try:

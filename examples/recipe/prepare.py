@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -311,14 +311,15 @@ class Summary:
         return 2 if not lists else 1 if self.problems or self.masks else 0
 
 
-def class_table(per_class: dict[str, list[int]], splits: Sequence[str]) -> Columns:
+def class_table(per_class: dict[str, list[int]], splits: Sequence[str]) -> Group:
     """The images of each class, as many side by side as the screen is wide: a misspelt name shows here."""
     shown, which = list(per_class.items()), "each class"
     if len(shown) > COUNTED:
         shown = sorted(shown, key=lambda each: sum(each[1]))[:COUNTED]
         which = f"the {COUNTED} rarest of {len(per_class):,} classes"
     cells = [Text(f"{name} {' + '.join(f'{count:,}' for count in counts)}") for name, counts in shown]
-    return Columns(cells, title=f"images of {which}, {' + '.join(splits)}", padding=(0, 3), column_first=True)
+    title = Text(f"images of {which}, {' + '.join(splits)}", style="italic")  # of its own: few classes are narrow
+    return Group(title, Columns(cells, padding=(0, 3), column_first=True))
 
 
 def command(
