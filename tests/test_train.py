@@ -25,6 +25,7 @@ from recipe import checkpoint
 from recipe.config import PRESETS, SCENES, VOC, Config
 from recipe.data import Item, TrainImages, read_split, write_split
 from recipe.engine import Trainer
+from recipe.network import build_model
 from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import fill, load_weights, save_weights
 from rich.console import Console
@@ -141,6 +142,7 @@ def test_torchrun_takes_none_of_our_flags_for_its_own():
     [
         ({"steps": 0}, "--steps: expected at least 1, got 0"),
         ({"batch_size": 6, "accumulate": 4}, "--batch-size: expected a multiple of --accumulate 4: 6"),
+        ({"seed": 2**32}, "--seed: expected less than 2 \\*\\* 32, got 4294967296"),
         ({"lr": 0.0}, "--lr: expected more than 0, got 0.0"),
         ({"lr": math.nan}, "--lr: expected more than 0, got nan"),
         ({"mu": 0.6}, r"--mu: expected 0 to 0.5, got 0.6"),
@@ -611,6 +613,13 @@ def test_what_this_machine_or_folder_lacks_is_said_by_flag(settings, message, mo
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_crop_below_a_patch_is_refused_by_its_flag():
+    tiny = replace(VOC, pretrained=False, **TINY)
+    with pytest.raises(ValueError, match="--crop: expected 16 or more, a patch of the network, got 15"):
+        build_model(replace(tiny, crop=15), 2)
+    assert build_model(replace(tiny, crop=16), 2).encoder.patch_size == 16
+
+
 def test_weights_to_start_from_that_cannot_be_had_are_said_by_flag(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("timm.create_model", offline)
     assert run(monkeypatch, out=tmp_path / "run", pretrained=True, **TINY) == 2
@@ -665,6 +674,10 @@ def test_a_split_without_masks_is_refused_before_the_first_step_and_not_needed(m
     small = {"model": "small", "pretrained": False, "crop": 64, "hidden": 64, "steps": 1, "seg_start": 9, "w_aff": 0.0}
     assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, **small) == 2
     assert "--val-split: no image of val has a mask. Add --val-split None" in capsys.readouterr().err
+    (data / "val.json").unlink()
+    assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, **small) == 2
+    said = capsys.readouterr().err
+    assert f"--val-split: there is no {data / 'val.json'}. Name another list, or add --val-split None" in said
     assert not checkpoint.checkpoints(tmp_path / "run")
     assert run(monkeypatch, "folder", data=data, out=tmp_path / "run", workers=0, val_split=None, **small) == 0
 

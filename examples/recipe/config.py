@@ -154,6 +154,7 @@ class Config:
             _expect(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("w_seg", "lambda_h", "lambda_l", "w_aff", "w_reg", "weight_decay", "clip", "power"):
             _expect(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "0 or more")
+        _expect("seed", self.seed, self.seed < 2**32, "less than 2 ** 32")
         for name in ("lr", "head_scale"):
             _expect(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "more than 0")
         for name in ("flip", "jitter", "seed_threshold", "min_fraction", "high", "affinity_high", "cam_threshold"):

@@ -37,6 +37,8 @@ def build_model(config: Config, num_classes: int) -> FFR:
                 "--no-pretrained, with --checkpoint FILE for weights from a local file."
             ) from error
         raise
+    if config.crop < encoder.patch_size:
+        raise ValueError(f"--crop: expected {encoder.patch_size} or more, a patch of the network, got {config.crop}.")
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return FFR(encoder, num_classes, mu=config.mu, hidden=config.hidden, dilation=config.dilation)
 
