@@ -46,6 +46,7 @@ from recipe.weights import save_weights, versions
 from ffr import FFR
 
 LOG = "log.jsonl"
+LOCK = ".lock"
 WEIGHTS = ("last.safetensors", "best.safetensors")
 PARTS = (
     r"\.(checkpoint-\d{8}|last|best|log|diverged)\.\w{8}\.(pt|safetensors|jsonl)"  # what `written` leaves when killed
@@ -99,21 +100,53 @@ def place(config: Config) -> Accelerator:
     )
 
 
-def claim(out: Path, resume: bool) -> None:
-    """Make the folder of the run, or refuse one that holds another run."""
+@contextlib.contextmanager
+def claim(out: Path, resume: bool) -> Iterator[None]:
+    """Make the folder of the run and hold it, or refuse one that holds another run, finished or not."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
     if not resume and (checkpoints(out) or any((out / name).exists() for name in WEIGHTS)):
         raise ValueError(f"--out: {out} holds a run. Add --resume to go on with it, or name another folder.")
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(out))
+            for part in out.iterdir():
+                if re.fullmatch(PARTS, part.name):
+                    part.unlink()
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as error:
+            said = error.strerror or error
+            raise ValueError(f"--out: cannot write to {out} ({said}). Name another folder.") from error
+        yield
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Refuse a folder while another process is in this block with it: what that one is writing is not ours to remove.
+
+    The lock ends with its process, however that ends.
+    """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for part in out.iterdir():
-            if re.fullmatch(PARTS, part.name):
-                part.unlink()
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    path = out / LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"--out: another run is writing to {out}. Wait for its end, or name another folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -354,12 +387,11 @@ def main() -> int:
         config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
         config.check()
         accelerator = place(config)
-        if accelerator.is_main_process:
-            claim(config.out, config.resume)
-        accelerator.wait_for_everyone()
-        run = Run(config, accelerator, console)
-        code = run.train()
-        accelerator.end_training()
+        with claim(config.out, config.resume) if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            run = Run(config, accelerator, console)
+            code = run.train()
+            accelerator.end_training()
         if code == 0:
             best = f", best.safetensors ({run.best:.1f})" if run.best >= 0 else ""
             run.say(f"wrote last.safetensors{best} and {LOG} in {config.out}")

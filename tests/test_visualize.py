@@ -343,6 +343,12 @@ def test_an_image_without_any_label_is_drawn_too(weights, monkeypatch, tmp_path)
     assert record["selected_fraction"] is None and record["pairs"] == 0
 
 
+def test_an_image_of_one_token_is_drawn_without_a_warning(weights, monkeypatch, tmp_path, recwarn):
+    arguments = ("--weights", weights, "--images", picture(tmp_path / "a.png", (1, 1)), "--out", tmp_path / "out")
+    assert run_main(monkeypatch, *arguments) == 0
+    assert not [str(each.message) for each in recwarn if "legend" in str(each.message)]
+
+
 ODD = (
     "North American river otter (Lontra canadensis)",
     "cost $5 to $6",

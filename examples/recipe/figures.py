@@ -405,13 +405,18 @@ def _draw_spectra(axis: Axes, numbers: dict[str, Any]) -> None:
         named = last or place in (0, len(curves) - 2)
         label = ("X" if last else _short(name) if "block" not in name else name) if named else None
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=2 if last else 1.3, label=label, marker=".")
-    axis.axvline(numbers["mu"], color=GREY, linestyle=":", linewidth=1)
-    bottom, top = axis.get_ylim()
-    axis.text(numbers["mu"], bottom + 0.02 * (top - bottom), " mu", fontsize=8, color=GREY)
     axis.set_title("Amplitude by frequency, through the depth", loc="left")
     axis.set_xlabel("frequency in cycles a token, the higher of the two axes")
     axis.xaxis.label.set_fontsize(9)
     axis.set_ylabel("log10 of amplitude over that of the mean")
+    if not axis.lines:
+        axis.text(
+            0.5, 0.5, "tokens that are all alike, or a single one", ha="center", transform=axis.transAxes, color=GREY
+        )
+        return
+    axis.axvline(numbers["mu"], color=GREY, linestyle=":", linewidth=1)
+    bottom, top = axis.get_ylim()
+    axis.text(numbers["mu"], bottom + 0.02 * (top - bottom), " mu", fontsize=8, color=GREY)
     axis.legend(fontsize=8, frameon=False)
 
 
