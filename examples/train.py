@@ -77,7 +77,10 @@ class Log:
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """One line, and a curve for each number in it."""
-        print(json.dumps({"step": step, "kind": kind, **values}), file=self.file, flush=True)
+        try:
+            print(json.dumps({"step": step, "kind": kind, **values}), file=self.file, flush=True)
+        except OSError as error:  # of a full disk, which names no file
+            raise OSError(error.errno, error.strerror or str(error), self.file.name) from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self.board.add_scalar(f"{kind}/{name}", value, step)

@@ -238,6 +238,13 @@ def test_an_interruption_leaves_no_half_written_file(where, small, monkeypatch, 
     assert list(small.out.iterdir()) == []
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    path = tmp_path / "quickstart.png"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"), written(path):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interruption_keeps_the_figures_of_an_earlier_run(small, monkeypatch):
     small.out.mkdir(parents=True)
     (small.out / "quickstart.json").write_text("{}")

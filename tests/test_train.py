@@ -1,5 +1,6 @@
 """train.py: the recipe's settings, one run on any number of ranks, stopped and gone on, and what it refuses."""
 
+import io
 import json
 import math
 import os
@@ -599,6 +600,20 @@ def test_a_failing_write_keeps_the_checkpoints_that_are_there(whole, monkeypatch
     monkeypatch.setattr(torch, "save", save)
     assert run(monkeypatch, out=tmp_path, resume=True) == 0
     assert same_weights(tmp_path / "last.safetensors", whole / "last.safetensors")
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+    class Full(io.StringIO):
+        name = "run/log.jsonl"
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    log = train.Log(tmp_path, 0)
+    log.close()
+    log.file = Full()
+    with pytest.raises(OSError, match="No space left on device: 'run/log.jsonl'"):
+        log.write(1, "train", {"total": 1.0})
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -39,7 +39,7 @@ def save_checkpoint(out: Path, step: int, config: Config, content: dict[str, Any
             torch.save({"step": step, "config": config.to_text(), **content}, part)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         kept = ", ".join(old.name for old in checkpoints(out)) or "none"
-        said = str(error).splitlines()[0]
+        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"cannot write {path} ({said}). Free some space and add --resume; good ones: {kept}.") from error
     for old in checkpoints(out)[KEPT:]:
         old.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 def written(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
 
-    The bytes are on the disk before the name is theirs, so that a crash leaves the old file or the new one.
+    The bytes are on the disk before the name is theirs, so that a crash leaves the old file or the new one. An error
+    that names no file, as that of a full disk, names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
@@ -22,6 +23,10 @@ def written(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         os.replace(name, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         Path(name).unlink(missing_ok=True)
 

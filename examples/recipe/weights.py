@@ -53,7 +53,8 @@ def save_weights(path: Path, state: Mapping[str, Tensor], config: Config, classe
         with written(path) as part:
             save_file(tensors, part, metadata={"ffr": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path} ({error}). Free some space, or name another folder.") from error
+        said = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path} ({said}). Free some space, or name another folder.") from error
 
 
 def load_weights(path: Path, device: str | torch.device = "cpu") -> Trained:
