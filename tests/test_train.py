@@ -612,7 +612,7 @@ def test_a_full_disk_names_the_log(tmp_path):
     log = train.Log(tmp_path, 0)
     log.close()
     log.file = Full()
-    with pytest.raises(OSError, match="No space left on device: 'run/log.jsonl'"):
+    with pytest.raises(OSError, match=r"No space left on device: 'run/log\.jsonl'"):
         log.write(1, "train", {"total": 1.0})
 
 
