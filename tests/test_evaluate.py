@@ -1,6 +1,7 @@
 """Evaluation: the network at several scales, scores over a data set, and evaluate.py."""
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -607,6 +608,19 @@ def test_a_json_that_cannot_be_written_leaves_the_old_one(command, tmp_path, mon
     code, said, record = command("--rows", "single", images=2)
     assert code == 2 and "No space left on device" in said and "scores.json" in said
     assert record == {} and [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_the_json_is_written_where_nobody_reads_the_table_to_its_end(weights, folder, tmp_path):
+    data, out = folder.split.items[0].image.parent, tmp_path / "scores.json"
+    flags = ["--weights", weights, "--data", data, "--out", out, "--workers", 0, "--device", "cpu", "--images", 2]
+    script_file = Path(script.__file__)
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        subprocess.run([sys.executable, script_file, *map(str, flags)], stdout=write, stderr=subprocess.DEVNULL)
+    finally:
+        os.close(write)
+    assert json.loads(out.read_text())["rows"]["single"]["images"]["looked_at"] == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
