@@ -127,8 +127,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one. Several: torchrun --nproc-per-node 8 examples/train.py ..."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward pass; weights are fp32. With fp32, torch's own settings decide about TF32: by default convolutions
-    use it on a GPU and matrix products do not"""
+    """of the forward pass; weights are fp32. With fp32 on a GPU, torch uses TF32 in convolutions but not in products"""
     compile: bool = False
     """torch.compile encoder and refinement: minutes at the start, then faster"""
     fsdp: bool = False
