@@ -27,6 +27,7 @@ except ImportError as error:
     sys.exit(f"clean_masks needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
 from recipe.files import written
+from recipe.progress import Screen
 from recipe.scenes import CLASSES, Scenes, make_scenes
 from torch import Tensor
 from torch.nn import functional as F
@@ -170,7 +171,7 @@ def picture(path: Path, shown: list[list[Tensor]], scenes: Scenes, settings: Set
 
 def main() -> int:
     """Run from the command line."""
-    console = Console()
+    console = Screen()
     try:
         settings = tyro.cli(Settings, description=__doc__)
         settings.check()

@@ -240,14 +240,12 @@ def finish(
     where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
     record = {"classes": trained.classes, "rows": rows, "computed_on": where}
     old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
-    try:
-        console.print(table(settings, rows))
-        if settings.per_class:
-            console.print(per_class(trained.classes, rows))
-        for note in notes(settings, data, rows):
-            console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
-    finally:  # whoever reads the tables may close the pipe, as `head` does
-        write_text(settings.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    console.print(table(settings, rows))
+    if settings.per_class:
+        console.print(per_class(trained.classes, rows))
+    for note in notes(settings, data, rows):
+        console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
+    write_text(settings.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     lost = "" if old is None or old[:3] == new[:3] else f", replacing the figures of {old[3]} on {old[0]} of {old[1]}"
     console.print(f"wrote {settings.out}{lost}", soft_wrap=True, markup=False)
     if settings.submission is not None:

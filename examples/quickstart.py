@@ -31,7 +31,7 @@ from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, evaluate
 from recipe.files import written
 from recipe.picture import save_picture, steps_of
-from recipe.progress import progress
+from recipe.progress import Screen, progress
 from recipe.scenes import CLASSES, Scenes, make_scenes
 from recipe.weights import versions
 
@@ -215,7 +215,7 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
 
 def main() -> int:
     """Run from the command line."""
-    console = Console()
+    console = Screen()
     try:
         settings = tyro.cli(Settings, description=__doc__)
         settings.check()

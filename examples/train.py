@@ -40,7 +40,7 @@ from recipe.data import evaluation_data, training_data
 from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, computing, evaluate
 from recipe.files import written
-from recipe.progress import progress
+from recipe.progress import Screen, progress
 from recipe.weights import save_weights, versions
 
 from ffr import FFR
@@ -385,7 +385,7 @@ def _due(done: int, every: int) -> bool:
 def main() -> int:
     """0 trained, 2 refused, 3 a term was not finite, 128 + the signal that interrupted."""
     main_rank = os.environ.get("RANK", "0") == "0"
-    console = Console()
+    console = Screen()
     try:
         config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
         config.check()

@@ -617,9 +617,10 @@ def test_the_json_is_written_where_nobody_reads_the_table_to_its_end(weights, fo
     read, write = os.pipe()
     os.close(read)
     try:
-        subprocess.run([sys.executable, script_file, *map(str, flags)], stdout=write, stderr=subprocess.DEVNULL)
+        made = subprocess.run([sys.executable, script_file, *map(str, flags)], stdout=write, stderr=subprocess.PIPE)
     finally:
         os.close(write)
+    assert (made.returncode, made.stderr) == (0, b"")
     assert json.loads(out.read_text())["rows"]["single"]["images"]["looked_at"] == 2
 
 

@@ -359,6 +359,26 @@ TINY = {
 }  # fmt: skip
 
 
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "examples")!r})
+        from recipe.progress import Screen, progress
+        screen = Screen()
+        bar, report = progress(screen, "train", 3000)
+        with bar:
+            for step in range(1, 3001):
+                screen.print("x" * 99)
+                report(step, {{"total": 1.0}})
+        open({str(tmp_path / "done")!r}, "w").close()
+    """
+    read, write = os.pipe()
+    os.close(read)
+    made = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (made.returncode, made.stderr) == (0, b"") and (tmp_path / "done").exists()
+
+
 def offline(*args, pretrained, **kwargs):
     """timm.create_model without a network: the hub's LocalEntryNotFoundError is a FileNotFoundError."""
     if pretrained:

@@ -29,6 +29,7 @@ from rich.text import Text
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
 from recipe.files import write_text
+from recipe.progress import Screen
 
 RECORD = "prepare.json"
 ROWS = {
@@ -331,7 +332,7 @@ def command(
 ) -> int:
     """Run a script from the command line: 0 all good, 1 some images left out, 2 refused, 130 interrupted."""
     try:
-        return run(tyro.cli(settings, description=description), Console())
+        return run(tyro.cli(settings, description=description), Screen())
     except (ValueError, OSError, WriteError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,22 @@
-"""One bar for every training script; lines where there is no terminal."""
+"""What the scripts print to: a console that outlives its reader, a bar; lines where there is no terminal."""
 
+import os
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class Screen(Console):
+    """A console that falls silent where whoever reads it closes the pipe, as `head` does; the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Print to nowhere from here on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def progress(
