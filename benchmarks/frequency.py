@@ -14,7 +14,7 @@ bfloat16, so all go through float32. "floor" reads once and writes twice: a copy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -228,34 +228,39 @@ def notes(arguments: Arguments) -> list[str]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Times faster than fft2 with shifts, by grid; and the floor."""
+    """Times faster than fft2 with shifts, by grid; a row of panels for each batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = ("forward", "forward + backward")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, kind in zip(axes, kinds, strict=True):
-        for dtype in DTYPES:
-            for layout, line in zip(LAYOUTS, ("-", "--"), strict=True):
-                some = [row for row in rows if (row["kind"], row["dtype"], row["layout"]) == (kind, dtype, layout)]
+    kinds, batches = ("forward", "forward + backward"), sorted({row["batch"] for row in rows})
+    size = (11, 0.8 + 3.2 * len(batches))
+    figure, panels = pyplot.subplots(len(batches), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for batch, axes in zip(batches, panels, strict=True):
+        grids = list(dict.fromkeys(row["grid"] for row in rows if row["batch"] == batch))
+        for axis, kind in zip(axes, kinds, strict=True):
+            for dtype, layout in product(DTYPES, LAYOUTS):
+                wanted = {"batch": batch, "kind": kind, "dtype": dtype, "layout": layout}
+                some = [row for row in rows if wanted.items() <= row.items()]
                 if not some:
                     continue
-                ratios = [row["times_faster_than"]["shifts"] for row in some]
-                middle = [ratio["median"] for ratio in ratios]
-                spread = [[m - r["low"] for m, r in zip(middle, ratios, strict=True)]]
-                spread += [[r["high"] - m for m, r in zip(middle, ratios, strict=True)]]
-                color = f"C{list(DTYPES).index(dtype)}"
-                grids = [f"{row['grid']}, B {row['batch']}" for row in some]
-                axis.errorbar(
-                    grids, middle, spread, color=color, linestyle=line, marker="o", label=f"{dtype}, {layout}"
+                low, middle, high = (
+                    [row["times_faster_than"]["shifts"][key] for row in some] for key in ("low", "median", "high")
                 )
-        axis.axhline(1, color="gray", linewidth=0.8)
-        axis.set(title=kind, xlabel="grid", yscale="log")
-        axis.tick_params("x", rotation=45)
-    axes[0].set_ylabel("times faster than fft2 with shifts")
-    axes[1].legend(fontsize="small")
+                spread = [[m - x for m, x in zip(middle, low, strict=True)]]
+                spread += [[x - m for m, x in zip(middle, high, strict=True)]]
+                axis.errorbar(
+                    [grids.index(row["grid"]) for row in some], middle, spread, color=f"C{list(DTYPES).index(dtype)}",
+                    linestyle="-" if layout == "tokens" else "--", marker="o", label=f"{dtype}, {layout}",
+                )  # fmt: skip
+            axis.axhline(1, color="gray", linewidth=0.8)
+            axis.set(title=f"{kind}, batch {batch}", yscale="log", xticks=range(len(grids)), xticklabels=grids)
+            axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+            axis.tick_params("x", labelsize="small")
+        axes[0].set_ylabel("times faster than\nfft2 with shifts")
+    lines = panels[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=6, fontsize="small", handlelength=4)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png", dpi=110)
     pyplot.close(figure)

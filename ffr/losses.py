@@ -318,7 +318,7 @@ def dense_energy_loss(
                 slope = 2 * inside * gate * _gaussian_filter(features, inner, False)
         # E is half of P . dE/dP, for G is symmetric; what is taken off carries no gradient.
         total = (probs * slope).sum()
-        energy: Tensor = (total - 0.5 * total.detach()) * (-weight / sizes["B"])
+        energy: Tensor = (total - 0.5 * total.detach()) * (-weight / max(1, sizes["B"]))
         return energy
 
 
@@ -380,8 +380,10 @@ class DenseEnergyLoss(nn.Module):
 @torch.library.custom_op("ffr::gaussian_filter", mutates_args=())
 def _gaussian_filter(features: Tensor, values: Tensor, exact_adjoint: bool) -> Tensor:
     """Filter ``(B, N, C)`` by the lattices of ``(B, N, d)``; one operator, whose lattice no graph has to trace."""
-    lattices = (PermutohedralLattice(each, normalize=False, exact_adjoint=exact_adjoint) for each in features)
-    return torch.stack([lattice(each) for lattice, each in zip(lattices, values, strict=True)])
+    filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
+    for place, mine, out in zip(features, values, filtered, strict=True):
+        out.copy_(PermutohedralLattice(place, normalize=False, exact_adjoint=exact_adjoint)(mine))
+    return filtered
 
 
 @_gaussian_filter.register_fake

@@ -419,6 +419,15 @@ def test_a_batch_of_copies_gives_what_one_copy_gives(case):
             assert_close(copies, one, rtol=1e-9, atol=case.copies + 1e-9)
 
 
+@some(lambda case: case not in (CASES["TimmEncoder"], CASES["FFRLoss"]))  # timm refuses it; a mean over images
+def test_an_empty_batch_has_an_empty_result_and_no_loss(case):
+    part, batch = case.part(), case.batch()
+    result, gradients = backward(part, each(batch, lambda x: x[:0]), case.smooth)
+    for one, full in zip(leaves(result), leaves(part(**batch)), strict=True):
+        assert one.shape == ((0, *full.shape[1:]) if full.ndim else ()) and not one.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
 # --- numbers ---
 
 
