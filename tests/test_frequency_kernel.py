@@ -82,6 +82,7 @@ def test_every_choice_compiles_for_a_gpu_and_one_fits_into_its_shared_memory(sid
             if 2**size < side * side:
                 continue
             constants = {"H": side, "W": side, "JOIN": join, "TOKENS": tokens, "WIDEN": False, "TILE": 2**size}
+            constants["PRECISION"] = kernel._precision({"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype))
             constants |= {f"{part}_{'c' if tokens else 'w'}": 1 for part in ("first", "second", "low", "high")}
             signature = {name: f"*{dtype}" if name.endswith("_at") else "i32" for name in names}
             signature |= dict.fromkeys(constants, "constexpr")
@@ -89,5 +90,7 @@ def test_every_choice_compiles_for_a_gpu_and_one_fits_into_its_shared_memory(sid
             source = ASTSource(fn=kernel._kernel.fn, signature=signature, constexprs=constants, attrs=aligned)
             built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
             shared.append(built.metadata.shared)
-            assert ("mma" in built.asm["ptx"]) == (dtype != "fp32")  # float32 without TF32
+            ptx = built.asm["ptx"]
+            assert "mma" in ptx  # tensor cores
+            assert ("tf32" in ptx) == ("cvt.rna.tf32" in ptx) == (dtype == "fp32")  # split by rounding, not cut off
         assert sorted(shared)[1] < 99 * 2**10  # two at least, even on an sm_86, which has the least
