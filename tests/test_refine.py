@@ -41,15 +41,6 @@ def position_weights(*distances):
     st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True),
     st.integers(0, 4),
 )
-def test_scores_and_images_that_lie_channels_last_are_laid_out_for_speed():
-    images, scores = torch.rand(1, 3, 9, 11), torch.rand(1, 4, 9, 11)
-    moved = [x.to(memory_format=torch.channels_last) for x in (images, scores)]
-    refine = PixelAdaptiveRefinement((1, 2))
-    assert not moved[1].is_contiguous()
-    assert refine(*moved).is_contiguous() and all(weight.is_contiguous() for weight in refine._weights(moved[0]))
-    assert_close(refine(*moved), refine(images, scores))
-
-
 def test_shifted_sums_are_one_hot_convolutions(seed, height, width, dilations, iterations):
     images, scores = uniform(seed, 2, 3, height, width), uniform(seed + 1, 2, 4, height, width)
     refined = PixelAdaptiveRefinement(dilations, iterations)(images, scores)
@@ -420,3 +411,12 @@ def test_thresholds_and_shapes_that_do_not_fit_are_refused(settings, message):
 def test_a_label_map_is_no_cam():
     with pytest.raises(TypeError, match="refine_label: expected `cam` of a floating dtype, got"):
         refine_label(torch.rand(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.long), torch.ones(1, 2))
+
+
+def test_scores_and_images_that_lie_channels_last_are_laid_out_for_speed():
+    images, scores = torch.rand(1, 3, 9, 11), torch.rand(1, 4, 9, 11)
+    moved = [x.to(memory_format=torch.channels_last) for x in (images, scores)]
+    refine = PixelAdaptiveRefinement((1, 2))
+    assert not moved[1].is_contiguous()
+    assert refine(*moved).is_contiguous() and all(weight.is_contiguous() for weight in refine._weights(moved[0]))
+    assert_close(refine(*moved), refine(images, scores))
