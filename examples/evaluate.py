@@ -237,14 +237,14 @@ def finish(
     for row in rows.values():  # each figure says what it is of, wherever it is copied to
         row["protocol"] |= {"data": data, "split": settings.split, "weights": weights, "versions": versions()}
         row["protocol"]["crf_settings"] = crf if row["protocol"]["crf"] else None
-    where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
-    record = {"classes": trained.classes, "rows": rows, "computed_on": where}
-    old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
     console.print(table(settings, rows))
     if settings.per_class:
         console.print(per_class(trained.classes, rows))
     for note in notes(settings, data, rows):
         console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
+    where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
+    record = {"classes": trained.classes, "rows": rows, "computed_on": where}
+    old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
     write_text(settings.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     lost = "" if old is None or old[:3] == new[:3] else f", replacing the figures of {old[3]} on {old[0]} of {old[1]}"
     console.print(f"wrote {settings.out}{lost}", soft_wrap=True, markup=False)

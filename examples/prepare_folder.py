@@ -193,8 +193,8 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
         raise ValueError(f"--labels: {settings.labels} names no class for any image.")
     if settings.labels is not None and not (settings.classes or header):
         refuse_several(rows, classes)
-    if not classes or "" in classes or len(set(classes)) < len(classes):
-        raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes)) or 'none'}.")
+    if "" in classes or len(set(classes)) < len(classes):
+        raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes))}.")
     names, labels = lookup(images), {}
     for row in rows:
         if unknown := [label for label in row.labels if label not in classes]:

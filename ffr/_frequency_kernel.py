@@ -92,8 +92,8 @@ def _launch(
 def _precision(dtype: torch.dtype) -> str:
     """How a product multiplies; half precision has one way.
 
-    float32 without tensor cores would take longer than the memory does. Each number as the sum of two of TF32, in three
-    products, keeps the error of float32. Triton has that for NVIDIA alone.
+    By count of operations, float32 without tensor cores takes longer than the memory does. Each number as the sum of
+    two of TF32, in three products, has the error of float32 (emulated on a CPU). Triton has that for NVIDIA alone.
     """
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 

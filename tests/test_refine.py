@@ -413,10 +413,12 @@ def test_a_label_map_is_no_cam():
         refine_label(torch.rand(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.long), torch.ones(1, 2))
 
 
-def test_scores_and_images_that_lie_channels_last_are_laid_out_for_speed():
+def test_scores_and_images_that_lie_channels_last_are_laid_out_for_speed(monkeypatch):
     images, scores = torch.rand(1, 3, 9, 11), torch.rand(1, 4, 9, 11)
     moved = [x.to(memory_format=torch.channels_last) for x in (images, scores)]
+    assert not any(x.is_contiguous() for x in moved)
     refine = PixelAdaptiveRefinement((1, 2))
-    assert not moved[1].is_contiguous()
-    assert refine(*moved).is_contiguous() and all(weight.is_contiguous() for weight in refine._weights(moved[0]))
-    assert_close(refine(*moved), refine(images, scores))
+    wanted, shifts, laid_out = refine(images, scores), refine._shifts, []
+    monkeypatch.setattr(refine, "_shifts", lambda maps: laid_out.append(maps.is_contiguous()) or shifts(maps))
+    assert_close(refine(*moved), wanted)
+    assert laid_out == [True] * (1 + refine.iterations)  # the image, then the scores
