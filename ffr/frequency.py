@@ -100,7 +100,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(features: Tensor, mu: float, h: int, w: int) -> tuple[Tensor, Tensor]:
         if kernel := _fused(features, h, w):
-            low, high = kernel.split(features, *_matrices(h, w, mu, features.dtype, features.device, True))
+            low, high = kernel.split(features, mu, h, w)
             return low, high
         tokens = _channels_last(features)
         low, high = _room(features, tokens), _room(features, tokens)
@@ -139,7 +139,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(low: Tensor, high: Tensor, mu: float, h: int, w: int) -> Tensor:
         if kernel := _fused(low, h, w):
-            joined: Tensor = kernel.join(low, high, *_matrices(h, w, mu, low.dtype, low.device, True))
+            joined: Tensor = kernel.join(low, high, mu, h, w)
             return joined
         tokens = _channels_last(low)
         out = _room(low, tokens)

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, and would slow down wh
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +16,13 @@ from torch.testing import assert_close
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
 from ffr import _frequency_kernel as kernel
 from ffr import frequency, split_bands
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-2, torch.float16: 1e-2}  # of N(0, 1), P rounded as well
-LAYOUTS = ("maps", "channels last", "tokens", "tokens behind a prefix", "every second row", "expanded")
+LAYOUTS = ("maps", "channels last", "tokens", "tokens behind a prefix", "every second row", "expanded", "gaps")
 
 
 def noise(seed, *shape, dtype=torch.float32):
@@ -36,6 +39,7 @@ def laid_out(x, layout):
         "tokens behind a prefix": lambda: torch.cat([tokens[:, :1], tokens], 1)[:, 1:],
         "every second row": lambda: x.repeat_interleave(2, 2)[:, :, ::2],
         "expanded": lambda: x,
+        "gaps": lambda: x.repeat_interleave(2, 3)[:, :, :, ::2],  # neither channels nor columns side by side
     }[layout]()
 
 
@@ -79,16 +83,44 @@ def test_the_kernel_is_the_product(seed, shape, mu, layout, dtype):
     base = noise(seed, *shape, dtype=dtype)
     base = base[:, :1].expand(shape) if layout == "expanded" else base
     x = laid_out(base, layout)
-    matrices = frequency._matrices(h, w, mu, dtype, x.device, True)
-    low, high = kernel.split(x, *matrices)
+    low, high = kernel.split(x, mu, h, w)
     assert low.dtype == high.dtype == dtype
     assert low.shape == high.shape == x.shape
     for ours, wanted in zip((low, high), exact(x, mu, h, w), strict=True):
         assert_close(as_maps(ours, h, w).double(), wanted, rtol=0, atol=TOLERANCE[dtype])
     other = laid_out(noise(seed + 1, *shape, dtype=dtype), "maps" if x.ndim == 4 else "tokens")
     wanted = exact(x, mu, h, w)[0] + exact(other, mu, h, w)[1]
-    joined = kernel.join(x, other, *matrices)
+    joined = kernel.join(x, other, mu, h, w)
     assert_close(as_maps(joined, h, w).double(), wanted, rtol=0, atol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("grid", [(28, 28), (56, 40), (128, 9), (9, 128), (70, 65)])
+@pytest.mark.parametrize("layout", ["maps", "tokens"])
+def test_float32_keeps_its_error_on_tensor_cores_that_cut_numbers_to_eleven_bits(monkeypatch, grid, layout):
+    multiply = InterpreterBuilder.create_dot
+    factors = []
+
+    def cut(self, a, b, *rest):
+        a, b = (TensorHandle((x.data.view(np.uint32) & 0xFFFFE000).view(np.float32), x.dtype) for x in (a, b))
+        factors.append(a)
+        return multiply(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", cut)
+    x = laid_out(noise(0, 2, 2, *grid), layout)
+    for ours, wanted in zip(kernel.split(x, 0.4, *grid), exact(x, 0.4, *grid), strict=True):
+        assert_close(as_maps(ours, *grid).double(), wanted, rtol=0, atol=3e-6)
+    assert factors
+    x = torch.full((1, 1, 8, 8), 1 + 8191 * 2**-23)  # what is cut off, not rounded, loses three units of this
+    assert_close(kernel.split(x, 0.0, 8, 8)[0], x, rtol=0, atol=2**-23)
+
+
+@pytest.mark.parametrize("size", [14, 28, 41])
+def test_a_projection_is_two_matrices_of_eleven_bits_padded_with_zeros(size):
+    parts = kernel._projection(size, 5, torch.float32, torch.device("cpu"))
+    assert not (parts.view(torch.int32) & 0x1FFF).any()
+    wanted = frequency._cached_projection(size, 5, torch.float64, torch.device("cpu"))
+    assert_close(parts.double().sum(0)[:size, :size], wanted, rtol=0, atol=2**-23)
+    assert not parts[:, size:].any() and not parts[:, :, size:].any()
 
 
 @pytest.mark.parametrize(("grid", "channels"), [((28, 28), 40), ((27, 41), 17), ((56, 56), 9), ((1, 64), 3)])
@@ -159,9 +191,8 @@ def test_a_trace_of_operators_holds_the_kernel_as_one_operator(fused):
 
 def test_the_operators_keep_the_rules_of_custom_operators():
     x = noise(0, 2, 3, 5, 7)
-    matrices = frequency._matrices(5, 7, 0.3, x.dtype, x.device, True)
-    torch.library.opcheck(kernel.split, (x, *matrices))
-    torch.library.opcheck(kernel.join, (x, x + 1, *matrices))
+    torch.library.opcheck(kernel.split, (x, 0.3, 5, 7))
+    torch.library.opcheck(kernel.join, (x, x + 1, 0.3, 5, 7))
 
 
 def test_what_does_not_fit_is_left_to_the_products():
@@ -170,11 +201,10 @@ def test_what_does_not_fit_is_left_to_the_products():
     assert not kernel.fits(torch.zeros(1, 8, 28, 28, dtype=torch.float64), 28, 28)
     assert not kernel.fits(torch.zeros(0, 8, 28, 28), 28, 28)
     assert kernel.fits(torch.zeros(1, 8, 128, 128), 128, 128)
-    assert kernel.fits(torch.zeros(1, 8, 64, 512), 64, 512)
-    assert not kernel.fits(torch.zeros(1, 8, 16, 1024), 16, 1024)  # 128 KB of shared memory and more
+    assert not kernel.fits(torch.zeros(1, 8, 16, 129), 16, 129)  # too long a side
+    assert not kernel.fits(torch.zeros(1, 8, 129, 16), 129, 16)
     assert not kernel.fits(torch.zeros(1, 1, 1, 1).expand(65_536, 1, 2, 2), 2, 2)  # images on the second launch axis
     assert not kernel.fits(torch.zeros(1, 128 * 128, 8), 128, 128)  # too few channels of a token at a time
-    assert not kernel.fits(torch.zeros(1, 1, 256, 256), 256, 256)
     apart = torch.empty_strided((2, 8, 4, 4), (16, 2**28, 4, 1), device="meta")  # channels first, then images
     assert kernel.fits(apart, 4, 4)
     assert not kernel.fits(torch.empty_strided((2, 16, 4, 4), apart.stride(), device="meta"), 4, 4)
