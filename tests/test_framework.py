@@ -314,6 +314,13 @@ def example():
     return features, cam, mask
 
 
+def test_the_settings_of_the_rectification_are_those_of_the_method():
+    rectify, part = ffr.FrequencyRectification(), ffr.RectificationLoss()
+    assert (rectify.frequency.mu, rectify.prototypes.seed_threshold) == (0.4, 0.7)
+    assert (rectify.rectification.gap, rectify.rectification.min_fraction) == (0.05, 0.05)
+    assert (part.gap, part.min_fraction) == (0.05, 0.05)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("mu", "seed_threshold", "gap", "min_fraction"), [(0.4, 0.7, 0.05, 0.05), (0.2, 0.3, 0.2, 1.0)]
