@@ -31,7 +31,7 @@ try:
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, loading, read_image
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
-    from recipe.files import files_below, write_text, written
+    from recipe.files import LOCK, alone, files_below, write_text, written
     from recipe.prepare import command, counter, digest
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
@@ -205,10 +205,8 @@ def claim(settings: Settings) -> dict[str, str]:
     other settings are removed: those in the record, and nothing else.
     """
     out, same = settings.out, settings.same()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
     before: dict[str, str] = {}
-    if out.is_dir() and any(out.iterdir()):
+    if any(path.name != LOCK for path in out.iterdir()):
         try:
             record = json.loads((out / RECORD).read_text(encoding="utf-8"))
             then, before = record["settings"], dict(record["images"])
@@ -284,13 +282,25 @@ class Files(Dataset[tuple[str, Tensor | str]]):
 
 
 def run(settings: Settings, console: Console) -> int:
-    """Segment what is not done yet; 1 if a file was skipped, 2 if every one was."""
+    """Segment the images; 1 if a file was skipped, 2 if every one was."""
     settings.check()
     device = torch.device("cpu" if on_cpu(settings.device, settings.precision) else "cuda")
     found = find(settings.inputs, settings.out)
     trained = load_weights(settings.weights, device)
     if len(trained.classes) > 255:
         raise ValueError(f"--weights: {len(trained.classes)} classes and background do not fit into one byte a pixel.")
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        return complete(settings, trained, found, device, console)
+
+
+def complete(
+    settings: Settings, trained: Trained, found: Mapping[Path, Path], device: torch.device, console: Console
+) -> int:
+    """Segment what is not done yet of the images found."""
     before = claim(settings)
     names = name_all(found, before)
     everything = {**before, **{name: str(file) for name, file in names.items()}}

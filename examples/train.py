@@ -39,14 +39,13 @@ from recipe.config import PRESETS, Config, on_cpu
 from recipe.data import evaluation_data, training_data
 from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, computing, evaluate
-from recipe.files import written
+from recipe.files import alone, written
 from recipe.progress import Screen, progress
 from recipe.weights import save_weights, versions
 
 from ffr import FFR
 
 LOG = "log.jsonl"
-LOCK = ".lock"
 WEIGHTS = ("last.safetensors", "best.safetensors")
 PARTS = (
     r"\.(checkpoint-\d{8}|last|best|log|diverged)\.\w{8}\.(pt|safetensors|jsonl)"  # what `written` leaves when killed
@@ -123,33 +122,6 @@ def claim(out: Path, resume: bool) -> Iterator[None]:
             said = error.strerror or error
             raise ValueError(f"--out: cannot write to {out} ({said}). Name another folder.") from error
         yield
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Refuse a folder while another process is in this block with it: what that one is writing is not ours to remove.
-
-    The lock ends with its process, however that ends.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    path = out / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"--out: another run is writing to {out}. Wait for its end, or name another folder."
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

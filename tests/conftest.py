@@ -1,7 +1,12 @@
 """What holds for every test: one thread, and hypothesis without a clock."""
 
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,3 +17,21 @@ settings.load_profile("ffr-ci" if os.environ.get("CI") else "ffr")
 
 # Small tensors lose more in hand-over between threads than they gain; it also makes sums repeatable.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def held_by_another():
+    """A block in which another process writes to a folder; it is killed at the end."""
+
+    @contextmanager
+    def hold(folder):
+        code = "import sys, pathlib; from recipe.files import alone\n"
+        code += "with alone(pathlib.Path(sys.argv[1])): print('held', flush=True), input()"
+        command = [sys.executable, "-c", code, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=Path(__file__).parents[1] / "examples", **pipes) as other:
+            assert other.stdout.readline() == "held\n"
+            yield
+            other.kill()
+
+    return hold

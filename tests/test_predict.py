@@ -218,6 +218,18 @@ def test_the_same_command_goes_on_where_it_was_cut_off(command, photos, tmp_path
     assert code == 0 and "of 0 images" in said and "kept 5" in said
 
 
+def test_a_folder_that_another_run_is_writing_to_is_left_to_it(command, photos, tmp_path, held_by_another):
+    assert command(photos)[0] == 0
+    part = tmp_path / "out/labels/.0123.part"  # which it is writing
+    part.touch()
+    with held_by_another(tmp_path / "out"):
+        code, said = command(photos, "--overwrite")
+        assert code == 2 and f"--out: another run is writing to {tmp_path / 'out'}. Wait for its end" in said
+        assert part.exists()
+    assert command(photos)[0] == 0
+    assert not part.exists() and not (tmp_path / "out/.lock").exists()
+
+
 def test_a_result_that_is_broken_or_older_than_its_image_or_not_there_is_made_again(command, photos, tmp_path):
     command(photos, "--probabilities")
     out = tmp_path / "out"

@@ -483,20 +483,17 @@ def test_weights_alone_are_not_overwritten_and_a_log_alone_is_no_run(name, monke
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_that_another_run_is_writing_to_is_left_to_it(resume, whole, monkeypatch, capsys, tmp_path):
+def test_a_folder_that_another_run_is_writing_to_is_left_to_it(
+    resume, whole, monkeypatch, capsys, tmp_path, held_by_another
+):
     if resume:
         shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / ".checkpoint-00000008.abcdefgh.pt").write_text("half")  # which it is writing
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    code = "import sys, train\nwith train.alone(train.Path(sys.argv[1])): print('held', flush=True), input()"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT / "examples", **pipes) as other:
-        assert other.stdout.readline() == "held\n"
+    with held_by_another(tmp_path):
         assert run(monkeypatch, out=tmp_path, resume=resume) == 2
         assert f"--out: another run is writing to {tmp_path}. Wait for its end" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
-        other.kill()
     assert (tmp_path / ".lock").exists()  # of a run that was killed: no obstacle
     assert run(monkeypatch, out=tmp_path, resume=resume, val_every=0) == 0
     assert not list(tmp_path.glob(".*"))
