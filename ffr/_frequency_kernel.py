@@ -9,7 +9,7 @@ is cut into numbers of TF32 by hand.
 
 import math
 import os
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ffr.frequency import _as_tensor, _waves, passed
-
 Pair = tuple[Tensor, Tensor]
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
 _TILE = 2**15  # most elements of one program: what 16 warps hold in registers in float32
 # log2 of a tile, its warps, and its rows that are multiplied at once
 _CHOICES = (
@@ -52,41 +51,42 @@ def fits(features: Tensor, h: int, w: int) -> bool:
 
 
 @torch.library.custom_op("ffr::split_bands", mutates_args=())
-def split(features: Tensor, mu: float, h: int, w: int) -> Pair:
-    """Maps (B, D, h, w), or tokens (B, h w, D), to both bands."""
+def split(features: Tensor, rows: Tensor, columns: Tensor, h: int, w: int) -> Pair:
+    """Maps (B, D, h, w), or tokens (B, h w, D), to both bands; `rows` and `columns` are `operand` on the device."""
     features = _dense(features, w)
     low, high = torch.empty_like(features), torch.empty_like(features)
-    _launch(features, features, low, high, mu, h, w, join=False)
+    _launch((features, features, low, high), rows, columns, h, w, join=False)
     return low, high
 
 
 @split.register_fake
-def _(features: Tensor, mu: float, h: int, w: int) -> Pair:
+def _(features: Tensor, rows: Tensor, columns: Tensor, h: int, w: int) -> Pair:
     features = _dense(features, w)
     return torch.empty_like(features), torch.empty_like(features)
 
 
 @torch.library.custom_op("ffr::join_bands", mutates_args=())
-def join(low: Tensor, high: Tensor, mu: float, h: int, w: int) -> Tensor:
+def join(low: Tensor, high: Tensor, rows: Tensor, columns: Tensor, h: int, w: int) -> Tensor:
     """``high + P (low - high)``, the gradient of `split`."""
     low = _dense(low, w)
     out = torch.empty_like(low)
     if _layout(high, w) != _layout(low, w):
         high = torch.empty_like(low).copy_(high)
-    _launch(low, high, out, out, mu, h, w, join=True)
+    _launch((low, high, out, out), rows, columns, h, w, join=True)
     return out
 
 
 @join.register_fake
-def _(low: Tensor, high: Tensor, mu: float, h: int, w: int) -> Tensor:
+def _(low: Tensor, high: Tensor, rows: Tensor, columns: Tensor, h: int, w: int) -> Tensor:
     return torch.empty_like(_dense(low, w))
 
 
-def _launch(first: Tensor, second: Tensor, low: Tensor, high: Tensor, mu: float, h: int, w: int, *, join: bool) -> None:
+def _launch(tensors: Sequence[Tensor], rows: Tensor, columns: Tensor, h: int, w: int, *, join: bool) -> None:
+    first = tensors[0]
     batch, channels = first.shape[0], first.shape[1 if first.ndim == 4 else 2]
     tokens = _layout(first, w) == "tokens"
     strides = []
-    for tensor in (first, second, low, high):
+    for tensor in tensors:
         of_batch, of_channel, of_row, of_column = _strides(tensor, w)
         strides += [of_batch, of_column if tokens else of_channel, of_row]  # that of the other is 1
     # All are multiples of `vector`; the kernel multiplies by it, so that the compiler knows what one load may take.
@@ -98,9 +98,7 @@ def _launch(first: Tensor, second: Tensor, low: Tensor, high: Tensor, mu: float,
 
     with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
         _kernel[grid](
-            *(first, second, low, high),
-            *(_projection(size, passed(size, mu), first.dtype, first.device) for size in (h, w)),
-            *(channels, h, w),
+            *(*tensors, rows, columns, channels, h, w),
             *(stride // vector for stride in strides),
             JOIN=join,
             **settings,
@@ -122,17 +120,13 @@ def constants(h: int, w: int, tokens: bool, vector: int) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=64)
-def _projection(size: int, cycles: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Projection on the frequencies 0..cycles, padded with zeros; float32 as two matrices of TF32, its sum."""
-    waves = _waves(size, 0, cycles)
-    matrix = np.pad(waves @ waves.T, (0, _padded(size) - size))
-    if dtype == torch.float32:
-        matrix = np.stack([_tf32(matrix), _tf32(matrix - _tf32(matrix))])
-    return _as_tensor(matrix, dtype, device)
+def operand(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """A projection as the kernel reads it, padded with zeros; for float32 as two matrices of TF32, its sum."""
+    matrix = np.pad(matrix, (0, _padded(len(matrix)) - len(matrix)))
+    return np.stack([_tf32(matrix), _tf32(matrix - _tf32(matrix))]) if dtype == torch.float32 else matrix
 
 
-def _tf32(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _tf32(matrix: Matrix) -> Matrix:
     """Rounded to the eleven bits of TF32."""
     bits = matrix.astype(np.float32).view(np.uint32)
     return ((bits + 0x1000) & 0xFFFFE000).view(np.float32).astype(np.float64)

@@ -100,7 +100,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(features: Tensor, mu: float, h: int, w: int) -> tuple[Tensor, Tensor]:
         if kernel := _fused(features, h, w):
-            low, high = kernel.split(features, mu, h, w)
+            low, high = kernel.split(features, *_operands(features, mu, h, w), h, w)
             return low, high
         tokens = _channels_last(features)
         low, high = _room(features, tokens), _room(features, tokens)
@@ -139,7 +139,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(low: Tensor, high: Tensor, mu: float, h: int, w: int) -> Tensor:
         if kernel := _fused(low, h, w):
-            joined: Tensor = kernel.join(low, high, mu, h, w)
+            joined: Tensor = kernel.join(low, high, *_operands(low, mu, h, w), h, w)
             return joined
         tokens = _channels_last(low)
         out = _room(low, tokens)
@@ -193,6 +193,10 @@ def _fused(features: Tensor, h: int, w: int) -> ModuleType | None:
     from ffr import _frequency_kernel
 
     return _frequency_kernel if _frequency_kernel.fits(features, h, w) else None
+
+
+def _operands(features: Tensor, mu: float, h: int, w: int) -> tuple[Tensor, ...]:
+    return tuple(_cached_operand(size, passed(size, mu), features.dtype, features.device) for size in (h, w))
 
 
 # In memory --------------------------------------------------------------------------------------------------------
@@ -296,6 +300,15 @@ def _cached_projection(size: int, cycles: int, dtype: torch.dtype, device: torch
     """Orthogonal projection (size, size) on the frequencies 0..cycles."""
     vectors = _waves(size, 0, cycles)
     return _as_tensor(vectors @ vectors.T, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_operand(size: int, cycles: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same projection for the fused kernel."""
+    from ffr import _frequency_kernel
+
+    vectors = _waves(size, 0, cycles)
+    return _as_tensor(_frequency_kernel.operand(vectors @ vectors.T, dtype), dtype, device)
 
 
 @lru_cache(maxsize=64)

@@ -43,6 +43,10 @@ def laid_out(x, layout):
     }[layout]()
 
 
+def split(x, mu, h, w):
+    return kernel.split(x, *frequency._operands(x, mu, h, w), h, w)
+
+
 def as_maps(x, h, w):
     return x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (h, w))
 
@@ -83,14 +87,14 @@ def test_the_kernel_is_the_product(seed, shape, mu, layout, dtype):
     base = noise(seed, *shape, dtype=dtype)
     base = base[:, :1].expand(shape) if layout == "expanded" else base
     x = laid_out(base, layout)
-    low, high = kernel.split(x, mu, h, w)
+    low, high = split(x, mu, h, w)
     assert low.dtype == high.dtype == dtype
     assert low.shape == high.shape == x.shape
     for ours, wanted in zip((low, high), exact(x, mu, h, w), strict=True):
         assert_close(as_maps(ours, h, w).double(), wanted, rtol=0, atol=TOLERANCE[dtype])
     other = laid_out(noise(seed + 1, *shape, dtype=dtype), "maps" if x.ndim == 4 else "tokens")
     wanted = exact(x, mu, h, w)[0] + exact(other, mu, h, w)[1]
-    joined = kernel.join(x, other, mu, h, w)
+    joined = kernel.join(x, other, *frequency._operands(x, mu, h, w), h, w)
     assert_close(as_maps(joined, h, w).double(), wanted, rtol=0, atol=2 * TOLERANCE[dtype])
 
 
@@ -107,16 +111,16 @@ def test_float32_keeps_its_error_on_tensor_cores_that_cut_numbers_to_eleven_bits
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", cut)
     x = laid_out(noise(0, 2, 2, *grid), layout)
-    for ours, wanted in zip(kernel.split(x, 0.4, *grid), exact(x, 0.4, *grid), strict=True):
+    for ours, wanted in zip(split(x, 0.4, *grid), exact(x, 0.4, *grid), strict=True):
         assert_close(as_maps(ours, *grid).double(), wanted, rtol=0, atol=3e-6)
     assert factors
     x = torch.full((1, 1, 8, 8), 1 + 8191 * 2**-23)  # what is cut off, not rounded, loses three units of this
-    assert_close(kernel.split(x, 0.0, 8, 8)[0], x, rtol=0, atol=2**-23)
+    assert_close(split(x, 0.0, 8, 8)[0], x, rtol=0, atol=2**-23)
 
 
 @pytest.mark.parametrize("size", [14, 28, 41])
 def test_a_projection_is_two_matrices_of_eleven_bits_padded_with_zeros(size):
-    parts = kernel._projection(size, 5, torch.float32, torch.device("cpu"))
+    parts = frequency._cached_operand(size, 5, torch.float32, torch.device("cpu"))
     assert not (parts.view(torch.int32) & 0x1FFF).any()
     wanted = frequency._cached_projection(size, 5, torch.float64, torch.device("cpu"))
     assert_close(parts.double().sum(0)[:size, :size], wanted, rtol=0, atol=2**-23)
@@ -191,8 +195,9 @@ def test_a_trace_of_operators_holds_the_kernel_as_one_operator(fused):
 
 def test_the_operators_keep_the_rules_of_custom_operators():
     x = noise(0, 2, 3, 5, 7)
-    torch.library.opcheck(kernel.split, (x, 0.3, 5, 7))
-    torch.library.opcheck(kernel.join, (x, x + 1, 0.3, 5, 7))
+    operands = frequency._operands(x, 0.3, 5, 7)
+    torch.library.opcheck(kernel.split, (x, *operands, 5, 7))
+    torch.library.opcheck(kernel.join, (x, x + 1, *operands, 5, 7))
 
 
 def test_what_does_not_fit_is_left_to_the_products():
