@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffr import FFR, FFRLoss, timm_encoder
-from ffr.cam import cam_to_label, multi_scale_cam, to_image
+from ffr.cam import cam_to_label, multi_scale_cam, normalize_cam, to_image
 from ffr.refine import refine_label
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -149,7 +149,8 @@ def make_parts(arguments: Arguments, loss: FFRLoss, precision: str) -> dict[str,
         return (loss.affinity(final, label),)
 
     def prototypes(final: Tensor) -> tuple[Tensor, ...]:
-        found = loss.prototypes(final, model.classifier.cam(final.detach()), labels, max_present=arguments.present)
+        seeds = normalize_cam(model.classifier.cam(final.detach()).float(), labels=labels)
+        found = loss.prototypes(final, seeds, labels, max_present=arguments.present)
         return (found.vectors,)
 
     with autocast(arguments, precision):
@@ -158,7 +159,8 @@ def make_parts(arguments: Arguments, loss: FFRLoss, precision: str) -> dict[str,
         label, label_inter = pseudo(cam, inter)
         final, intermediate, _ = model.encode(images)
         low, high = model.frequency(final)
-        vectors, valid = loss.prototypes(final, model.classifier.cam(final), labels, max_present=arguments.present)
+        seeds = normalize_cam(model.classifier.cam(final).float(), labels=labels)
+        vectors, valid = loss.prototypes(final, seeds, labels, max_present=arguments.present)
         logits, logits_high = full(model.head(final)), full(model.head.high(high))
     bands = {"features": final, "low": low, "prototypes": vectors, "valid": valid}
     chosen = loss.rectification.select(**bands)

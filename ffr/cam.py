@@ -99,19 +99,21 @@ def class_activation_map(features: Tensor, weight: Tensor, *, grid: tuple[int, i
     return raw.transpose(1, 2).reshape(sizes["B"], len(weight), sizes["h"], sizes["w"])
 
 
-def normalize_cam(raw: Tensor, *, labels: Tensor | None = None) -> Tensor:
+def normalize_cam(raw: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """ReLU, then min-max per image and class to [0, 1], then zero for classes that are not in the label.
 
     Args:
         raw: ``(B, K, h, w)``.
         labels: multi-hot ``(B, K)``, any dtype, present means > 0.5; left out, every class counts as present.
+        mask: bool ``(B, h, w)``, False leaves a token out: it is neither minimum nor peak, and gets 0.
 
     Returns:
         ``(B, K, h, w)`` in [0, 1]. The peak of a map is exactly 1; a map that is flat after ReLU, to a millionth of
         its peak, gives zeros.
 
     Raises:
-        ValueError: if `labels` has another shape than ``(B, K)``.
+        ValueError: if `labels` has another shape than ``(B, K)``, or `mask` than ``(B, h, w)``.
+        TypeError: for a wrong dtype.
 
     Example:
         >>> import torch
@@ -122,14 +124,21 @@ def normalize_cam(raw: Tensor, *, labels: Tensor | None = None) -> Tensor:
     owner = "normalize_cam"
     sizes = _check.bind(owner, raw=(raw, "B K h w"))
     _check.floating(owner, raw=raw)
-    cam = raw.relu()
-    low, peak = cam.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
+    cam = lowest = raw.relu()
+    if mask is not None:
+        _check.bind(owner, sizes=sizes, mask=(mask, "B h w"))
+        _check.boolean(owner, mask=mask)
+        out = ~mask[:, None]
+        cam, lowest = cam.masked_fill(out, 0), cam.masked_fill(out, torch.inf)
+    low, peak = lowest.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
     span = peak - low
     # Up-sampling a flat map leaves a few units of rounding, which must not be stretched to a CAM.
     keep = varied = span > 1e-6 * peak
     if labels is not None:
         _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
         keep = varied & (labels > 0.5)[:, :, None, None]
+    if mask is not None:
+        keep = keep & mask[:, None]
     # No epsilon: it would lower the peak of a faint map below 1. Both `where` keep the gradient of a flat map finite.
     return torch.where(keep, (cam - low) / torch.where(varied, span, 1), 0)
 

@@ -73,7 +73,7 @@ class FrequencyRectification(nn.Module):
 
         Args:
             features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
-            cam: ``(B, K, ., .)`` of any size, raw or normalised; no gradient flows through it.
+            cam: ``(B, K, ., .)`` of any size, normalised as the method has it, or raw; no gradient flows through it.
             labels: multi-hot ``(B, K)``.
             mask: bool ``(B, h, w)``, False leaves a token out.
             grid: ``(h, w)``, for tokens.

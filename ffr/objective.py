@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffr import _check
-from ffr.cam import cam_to_label, multi_scale_cam, to_image, whole_patches
+from ffr.cam import cam_to_label, multi_scale_cam, normalize_cam, to_image, whole_patches
 from ffr.encoder import Features
 from ffr.framework import FFR
 from ffr.losses import AffinityLoss, DenseEnergyLoss, SegmentationLoss
@@ -230,9 +230,8 @@ class FFRLoss(nn.Module):
                 region = {} if real is None else {"roi": real}
                 energy = self.energy(full, pseudo[0], images=images, **region)
         if rect_on:
-            vectors, valid = self.prototypes(
-                final, model.classifier.cam(final.detach()), labels, mask=mask, max_present=max_present
-            )
+            seeds = normalize_cam(model.classifier.cam(final.detach()).to(exact), labels=labels, mask=mask)
+            vectors, valid = self.prototypes(final, seeds, labels, mask=mask, max_present=max_present)
             parts = {"features": final, "low": low, "prototypes": vectors, "valid": valid, "mask": mask}
             if isinstance(self.rectification, RectificationLoss) and self.rectification.gap is not None:
                 parts["selected"] = self.rectification.select(**parts, max_present=max_present)

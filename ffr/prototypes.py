@@ -35,7 +35,8 @@ def class_prototypes(
               S_k = \{i : c_{ki} \ge t\}
 
     with the CAM :math:`c_k` after ReLU, shrunk to the grid by area and divided by its peak there, so that raw,
-    normalised and resized CAMs all work. Gradient flows through the tokens, not through the CAM.
+    normalised and resized CAMs all work. Gradient flows through the tokens, not through the CAM. The method's CAM is
+    `ffr.cam.normalize_cam` of the raw one: where that is positive all over, nearly every token may reach the threshold.
 
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.

@@ -81,7 +81,8 @@ def by_hand(model, images, labels, high, low, affinity_high, affinity_low, scale
 
     x, _, _ = model.encoder(images)
     bands = ffr.split_bands(x, 0.2)
-    vectors, valid = ffr.class_prototypes(x, F.conv2d(x, model.classifier.weight[..., None, None]), labels)
+    raw = F.conv2d(x, model.classifier.weight[..., None, None])
+    vectors, valid = ffr.class_prototypes(x, ffr.cam.normalize_cam(raw, labels=labels), labels)
 
     def segmentation(logits, label):
         full = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -140,7 +141,7 @@ def test_the_shares_are_those_of_the_label_and_of_the_selection():
     assert terms.ignored == (label == 255).double().mean() > 0
     assert terms.foreground == ((label > 0) & (label < 255)).double().mean() > 0
     x = model.encoder(images).final
-    vectors, valid = ffr.class_prototypes(x, model.classifier.cam(x), labels)
+    vectors, valid = ffr.class_prototypes(x, ffr.cam.normalize_cam(model.classifier.cam(x)), labels)
     picked = ffr.select_tokens(
         features=x, low=ffr.split_bands(x, 0.2).low, prototypes=vectors, valid=valid, gap=loss.rectification.gap
     )
@@ -483,7 +484,7 @@ def test_parts_of_ones_own_replace_the_defaults():
     assert_close(terms.rect, (1 - F.cosine_similarity(x, bands.low)).mean().detach())
     broad = ffr.ClassPrototypes(seed_threshold=0)
     terms = objective(prototypes=broad)(images, labels, step=0)
-    vectors, valid = broad(x, objective().model.outputs(images).cam, labels)
+    vectors, valid = broad(x, ffr.cam.normalize_cam(objective().model.outputs(images).cam), labels)
     wanted = ffr.rectification_loss(features=x, low=bands.low, prototypes=vectors, valid=valid)
     assert_close(terms.rect, wanted.detach())
     assert not torch.isclose(terms.rect, plain_rect)

@@ -47,7 +47,7 @@ def test_every_step_is_that_of_the_parts():
     shown = steps_of(model, images, labels, high=0.6, low=0.4, rectification=rectification, refinement=par)
     with torch.no_grad():
         out = model.outputs(images)
-        vectors, valid = ffr.class_prototypes(out.final, out.cam, labels)
+        vectors, valid = ffr.class_prototypes(out.final, ffr.cam.normalize_cam(out.cam), labels)
         parts = {"features": out.final, "low": out.low, "prototypes": vectors, "valid": valid}
         selected = ffr.select_tokens(**parts, gap=0.1)
         cam = ffr.cam.normalize_cam(F.interpolate(out.cam, size=(32, 48), mode="bilinear"), labels=labels)

@@ -48,6 +48,7 @@ from recipe.words import fonts_for, width
 from torch.testing import assert_close
 
 from ffr import split_bands
+from ffr.cam import normalize_cam
 from ffr.draw import save_label
 from ffr.prototypes import class_prototypes
 from ffr.rectification import select_tokens
@@ -113,7 +114,8 @@ def test_what_is_seen_of_an_image_is_what_the_parts_of_the_method_give(trained, 
     with torch.no_grad():
         out = trained.model.outputs(scene.image[None])
     low = split_bands(out.final, CONFIG.mu).low
-    vectors, valid = class_prototypes(out.final, out.cam, scene.labels[None], seed_threshold=CONFIG.seed_threshold)
+    cam = normalize_cam(out.cam)
+    vectors, valid = class_prototypes(out.final, cam, scene.labels[None], seed_threshold=CONFIG.seed_threshold)
     picked = select_tokens(features=out.final, low=low, prototypes=vectors, valid=valid, gap=CONFIG.gap)
     assert torch.equal(seen.selected, picked[0, ids])
     assert 0 < seen.selected.float().mean() < 1

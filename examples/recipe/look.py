@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ffr import FFR, PixelAdaptiveRefinement
-from ffr.cam import multi_scale_cam, to_image
+from ffr.cam import multi_scale_cam, normalize_cam, to_image
 from ffr.framework import Outputs
 from ffr.frequency import passed
 from ffr.prototypes import class_prototypes, similarity_maps
@@ -77,8 +77,9 @@ class Compared(NamedTuple):
 
 def compare(trained: Trained, out: Outputs, labels: Tensor) -> Compared:
     """Similarity of the tokens of one image to its prototypes, with and without the high band, as in the training."""
+    cam = normalize_cam(out.cam, labels=labels, mask=out.mask)
     vectors, valid = class_prototypes(
-        out.final, out.cam, labels, seed_threshold=trained.config.seed_threshold, mask=out.mask
+        out.final, cam, labels, seed_threshold=trained.config.seed_threshold, mask=out.mask
     )
     similarity = torch.cat([similarity_maps(part, vectors) for part in (out.final, out.low)])
     real = torch.ones_like(similarity[0, 0], dtype=torch.bool) if out.mask is None else out.mask[0]

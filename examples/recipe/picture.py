@@ -49,7 +49,7 @@ def steps_of(
     size = (images.shape[2], images.shape[3])
     patch = model.encoder.patch_size
     out = model.outputs(images)
-    vectors, valid = class_prototypes(out.final, out.cam, labels)
+    vectors, valid = class_prototypes(out.final, normalize_cam(out.cam, labels=labels), labels)
     cam = normalize_cam(to_image(out.cam, size, patch), labels=labels)
     results = {
         "bands": band_cams(model, out),
