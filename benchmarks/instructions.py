@@ -60,7 +60,7 @@ def build(choice: Any, grid: tuple[int, int], dtype: str, *, tokens: bool, join:
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel._kernel.fn, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "maxnreg": choice.maxnreg}
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

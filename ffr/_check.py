@@ -63,6 +63,16 @@ def floating(owner: str, /, **tensors: Tensor) -> None:
             )
 
 
+def pixels(owner: str, /, **images: Tensor) -> None:
+    """Refuse images that are neither uint8 nor floating."""
+    for name, tensor in images.items():
+        if not (tensor.dtype == torch.uint8 or tensor.is_floating_point()):
+            raise TypeError(
+                f"{owner}: expected `{name}` as uint8 or float in [0, 1], got {tensor.dtype}. Use .to(torch.uint8) for "
+                "0..255."
+            )
+
+
 def integer(owner: str, /, **tensors: Tensor) -> None:
     """Refuse tensors without an integer dtype."""
     for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ is cut into numbers of TF32 by hand.
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,21 +21,28 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
-_TILE = 2**15  # most elements of one program: what 16 warps hold in registers in float32
-# log2 of a tile, its warps, and its rows that are multiplied at once
+_TILE = 2**15  # most elements of one program: what 16 warps hold in registers
+# log2 of a tile, its warps, its rows that are multiplied at once, and the most registers of a thread: fewer let more
+# programs run beside each other, so that one loads while another multiplies.
 _CHOICES = (
-    (11, 4, 32),
-    (12, 4, 32),
-    (13, 4, 32),
-    (13, 8, 32),
-    (14, 8, 32),
-    (14, 16, 32),
-    (15, 16, 32),
-    (12, 4, 64),
-    (13, 8, 64),
-    (14, 8, 64),
+    (12, 4, 32, None),
+    (12, 4, 32, 168),
+    (13, 4, 32, 128),
+    (13, 8, 32, None),
+    (13, 8, 32, 128),
+    (14, 8, 32, None),
+    (14, 8, 32, 128),
+    (15, 16, 32, None),
+    (12, 4, 64, None),
+    (12, 4, 64, 128),
+    (13, 8, 64, None),
+    (13, 8, 64, 128),
+    (14, 8, 64, None),
+    (14, 8, 64, 128),
+    (15, 16, 64, None),
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOCK = threading.Lock()  # Triton's autotuner keeps its arguments in itself, and a backward pass has its own threads
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -45,9 +53,11 @@ def fits(features: Tensor, h: int, w: int) -> bool:
     enough = channels >= (8 if features.stride(1) != h * w else 1)
     # A longer side spills registers until the products are faster, and the second axis of a launch ends at 65,535.
     launches = max(h, w) <= 128 and len(features) <= 65_535
+    # Triton 3.1 ends the process over float32 whose columns are multiplied in steps.
+    known = features.dtype != torch.float32 or w <= 64 or not triton.__version__.startswith("3.1.")
     # Offsets within an image are integers of 32 bits.
     reach = sum((size - 1) * stride for size, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
-    return features.dtype in _DTYPES and features.numel() > 0 and enough and launches and reach < 2**31
+    return features.dtype in _DTYPES and features.numel() > 0 and enough and launches and known and reach < 2**31
 
 
 @torch.library.custom_op("ffr::split_bands", mutates_args=())
@@ -70,7 +80,7 @@ def join(low: Tensor, high: Tensor, rows: Tensor, columns: Tensor, h: int, w: in
     """``high + P (low - high)``, the gradient of `split`."""
     low = _dense(low, w)
     out = torch.empty_like(low)
-    if _layout(high, w) != _layout(low, w):
+    if _layout(high, w) != _layout(low, w) or not fits(high, h, w):
         high = torch.empty_like(low).copy_(high)
     _launch((low, high, out, out), rows, columns, h, w, join=True)
     return out
@@ -91,12 +101,12 @@ def _launch(tensors: Sequence[Tensor], rows: Tensor, columns: Tensor, h: int, w:
         strides += [of_batch, of_column if tokens else of_channel, of_row]  # that of the other is 1
     # All are multiples of `vector`; the kernel multiplies by it, so that the compiler knows what one load may take.
     vector = math.gcd(16, channels if tokens else w, *strides)
-    settings = constants(h, w, tokens, vector)
+    settings = constants(h, w, tokens, vector, same=strides == strides[:3] * 4)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(channels, meta["TILE"] // (meta["H"] * meta["W"])), batch
 
-    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+    with _LOCK, torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
         _kernel[grid](
             *(*tensors, rows, columns, channels, h, w),
             *(stride // vector for stride in strides),
@@ -105,7 +115,7 @@ def _launch(tensors: Sequence[Tensor], rows: Tensor, columns: Tensor, h: int, w:
         )
 
 
-def constants(h: int, w: int, tokens: bool, vector: int) -> dict[str, Any]:
+def constants(h: int, w: int, tokens: bool, vector: int, *, same: bool = True) -> dict[str, Any]:
     """What the kernel is compiled for, but for its direction and the choices."""
     columns = _padded(w)
     return {
@@ -113,9 +123,8 @@ def constants(h: int, w: int, tokens: bool, vector: int) -> dict[str, Any]:
         "W": columns,
         "TOKENS": tokens,
         "VECTOR": vector,
+        "SAME": same,  # all four tensors have the strides of the first
         "COLUMNS": columns if columns <= 64 else 32,
-        # Triton has TF32 for NVIDIA alone; elsewhere products of float32 are exact, and three of them as good as one.
-        "PRECISION": "tf32" if torch.version.hip is None else "ieee",
         "WIDEN": _INTERPRETED,
     }
 
@@ -133,7 +142,9 @@ def _tf32(matrix: Matrix) -> Matrix:
 
 
 def _dense(features: Tensor, w: int) -> Tensor:
-    return features if _layout(features, w) else features.contiguous()
+    # What is repeated in memory, such as the gradient of a sum, has no order that its outputs could keep.
+    repeated = any(step == 0 and size > 1 for step, size in zip(features.stride(), features.shape, strict=True))
+    return features if _layout(features, w) and not repeated else features.contiguous()
 
 
 def _layout(features: Tensor, w: int) -> str:
@@ -160,9 +171,12 @@ def choices() -> list[Any]:
     """Of tile, warps and rows."""
     # Tried once for a padded grid, layout, dtype and direction; the interpreter has nothing to choose between.
     if _INTERPRETED:
-        return [triton.Config({"TILE": _TILE, "ROWS": 32})]
+        return [triton.Config({"TILE": _TILE, "ROWS": 32, "AGAIN": False})]
     return [
-        triton.Config({"TILE": 2**size, "ROWS": rows}, num_warps=warps, num_stages=1) for size, warps, rows in _CHOICES
+        triton.Config(
+            {"TILE": 2**size, "ROWS": rows, "AGAIN": most is not None}, num_warps=warps, num_stages=1, maxnreg=most
+        )
+        for size, warps, rows, most in _CHOICES
     ]
 
 
@@ -173,13 +187,14 @@ def pruned(all_choices: list[Any], arguments: dict[str, Any], **settings: Any) -
     def promising(choice: Any) -> bool:
         tile, rows = choice.kwargs["TILE"], choice.kwargs["ROWS"]
         many = tile == 64 * 32 * choice.num_warps  # in steps a thread needs more elements for as many loads at once
-        return bool(tile >= area and (rows == height == 64 or (rows == 32 and (height <= 32 or many))))
+        whole = rows == height == 64 or (rows == 32 >= height and tile < _TILE)
+        return bool(tile >= area and (whole or (rows == 32 < height and many and not choice.kwargs["AGAIN"])))
 
     return [choice for choice in all_choices if promising(choice)]
 
 
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=choices(), key=["H", "W", "JOIN", "TOKENS"], prune_configs_by={"early_config_prune": pruned}
+    configs=choices(), key=["H", "W", "JOIN", "TOKENS", "VECTOR"], prune_configs_by={"early_config_prune": pruned}
 )
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
@@ -209,17 +224,22 @@ def _kernel(  # type: ignore[no-untyped-def]
     JOIN: tl.constexpr,
     TOKENS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SAME: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies bfloat16 as if it were an integer
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    AGAIN: tl.constexpr,  # read the features once more at the end, from the cache, instead of keeping them
 ):
     C: tl.constexpr = TILE // (H * W)
     STEP: tl.constexpr = ROWS if ROWS < H else H
     batch = tl.program_id(1).to(tl.int64) * VECTOR
     first_channel = tl.program_id(0) * C
     channel = first_channel + tl.arange(0, C)[None, :, None]
+    if SAME:
+        second_b, second_s, second_h = first_b, first_s, first_h
+        low_b, low_s, low_h = first_b, first_s, first_h
+        high_b, high_s, high_h = first_b, first_s, first_h
     if TOKENS:
         channels = channels // VECTOR * VECTOR
     else:
@@ -248,20 +268,23 @@ def _kernel(  # type: ignore[no-untyped-def]
                 )
                 x = (x.to(tl.float32) - other.to(tl.float32)).to(kind)
             x = tl.reshape(x, (STEP * C, COLUMNS))
-            z = _multiply(x, columns_at, its_column, j, z, W, PRECISION, WIDEN)
+            z = _multiply(x, columns_at, its_column, j, z, W, WIDEN)
         z = tl.reshape(tl.permute(tl.reshape(z, (STEP, C, W)), (1, 2, 0)), (C * W, STEP)).to(kind)
-        y = _multiply(z, rows_at, its_row, i, y, H, PRECISION, WIDEN)
+        y = _multiply(z, rows_at, its_row, i, y, H, WIDEN)
 
     y = tl.permute(tl.reshape(y, (C, W, H)), (2, 0, 1))
     row, column = i[:, None, None], j[None, None, :]
     inside = (row < h) & (column < w) & (channel < channels)  # (H, C, W)
     low_at += _offset(row, channel, column, low_h, low_s, TOKENS, VECTOR)
-    # The features, or the high band, once more, now from the cache
+    # The compiler takes two loads of one place for one, and keeps the values, unless they differ in something.
+    EVICT: tl.constexpr = "evict_first" if AGAIN else ""
     if JOIN:
-        x = tl.load(second_at + _offset(row, channel, column, second_h, second_s, TOKENS, VECTOR), inside, 0.0)
+        second_at += _offset(row, channel, column, second_h, second_s, TOKENS, VECTOR)
+        x = tl.load(second_at, inside, 0.0, eviction_policy=EVICT)
         tl.store(low_at, (x.to(tl.float32) + y).to(kind), inside)
     else:
-        x = tl.load(first_at + _offset(row, channel, column, first_h, first_s, TOKENS, VECTOR), inside, 0.0)
+        first_at += _offset(row, channel, column, first_h, first_s, TOKENS, VECTOR)
+        x = tl.load(first_at, inside, 0.0, eviction_policy=EVICT)
         low = y.to(kind)
         tl.store(low_at, low, inside)
         high = (x.to(tl.float32) - low.to(tl.float32)).to(kind)
@@ -277,7 +300,7 @@ def _offset(row, channel, column, stride_h, stride_s, TOKENS: tl.constexpr, VECT
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
-    x, matrix_at, rows, columns, total, SIZE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr
+    x, matrix_at, rows, columns, total, SIZE: tl.constexpr, WIDEN: tl.constexpr
 ):
     """``total + x @ matrix``, of rows and columns of a matrix that is symmetric; float32 with the error of float32."""
     at = matrix_at + rows[:, None] + columns[None, :] * SIZE
@@ -287,9 +310,9 @@ def _multiply(  # type: ignore[no-untyped-def]
         # The first is rounded, not cut: its rest then has one bit too many, not two, and of either sign.
         rest = tl.load(at + SIZE * SIZE)
         rounded = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        total = tl.dot(rounded, rest, total, input_precision=PRECISION)
-        total = tl.dot(x - rounded, matrix, total, input_precision=PRECISION)
-        return tl.dot(rounded, matrix, total, input_precision=PRECISION)
+        total = tl.dot(rounded, rest, total, input_precision="tf32")
+        total = tl.dot(x - rounded, matrix, total, input_precision="tf32")
+        return tl.dot(rounded, matrix, total, input_precision="tf32")
     if WIDEN:
         x, matrix = x.to(tl.float32), matrix.to(tl.float32)
     return tl.dot(x, matrix, total)

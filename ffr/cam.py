@@ -91,7 +91,7 @@ def class_activation_map(features: Tensor, weight: Tensor, *, grid: tuple[int, i
     """
     owner = "class_activation_map"
     (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
-    if isinstance(weight, Tensor) and weight.ndim == 4:
+    if isinstance(weight, Tensor) and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)
     _check.bind(owner, sizes=sizes, weight=(weight, "K D"))
     _check.floating(owner, weight=weight)
@@ -177,7 +177,7 @@ def multi_scale_cam(
 
     Raises:
         ValueError: if a shape or a scale does not fit, or `max_present` is given without `labels`.
-        TypeError: if `fn` gives neither a tensor nor a tuple of tensors.
+        TypeError: if `fn` gives neither a tensor nor a tuple of tensors, or `images` have another dtype.
 
     Example:
         >>> import torch
@@ -188,10 +188,8 @@ def multi_scale_cam(
     """
     owner = "multi_scale_cam"
     sizes = _check.bind(owner, images=(images, "B 3 H W"))
-    if not scales:
-        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
-    for scale in scales:
-        _check.within(owner, scales=scale, at_least=1e-3, at_most=100.0)
+    check_scales(owner, scales)
+    _check.pixels(owner, images=images)
     if max_present is not None and labels is None:
         raise ValueError(f"{owner}: `max_present` needs `labels`. Pass labels of shape (B, K).")
     height, width, batch = sizes["H"], sizes["W"], sizes["B"]
@@ -246,6 +244,14 @@ def multi_scale_cam(
                     totals[index] += maps.relu()
         cams = tuple(_finish(total, labels, ids).to(kept) for total, kept in zip(totals, dtypes, strict=True))
     return cams[0] if single else cams  # type: ignore[return-value]
+
+
+def check_scales(owner: str, scales: Sequence[float]) -> None:
+    """Refuse factors that are none."""
+    if not scales:
+        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
+    for scale in scales:
+        _check.within(owner, scales=scale, at_least=1e-3, at_most=100.0)
 
 
 def whole_patches(maps: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

@@ -95,7 +95,9 @@ class DenseCRF(nn.Module):
         batch = "B " if getattr(image, "ndim", 0) == 4 else ""
         _check.bind(owner, image=(image, f"{batch}3 H W"))
         sizes = _check.bind(owner, image=(image, f"{batch}3 H W"), probs=(probs, f"{batch}C H W"))
-        _check.within(owner, at_least=1, B=sizes.get("B", 1), C=sizes["C"], H=sizes["H"], W=sizes["W"])
+        if not all(sizes.values()):
+            raise ValueError(f"{owner}: expected `probs` of at least one label and pixel, got {tuple(probs.shape)}.")
+        _check.pixels(owner, image=image)
         _check.floating(owner, probs=probs)
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):

@@ -140,13 +140,9 @@ class TimmEncoder(nn.Module):
         """
         owner = "TimmEncoder"
         size = _check.bind(owner, images=(images, "B 3 H W"))
+        _check.pixels(owner, images=images)
         if images.dtype == torch.uint8:
             images = images.to(torch.promote_types(self.mean.dtype, torch.float32)) / 255
-        elif not images.is_floating_point():
-            raise TypeError(
-                f"{owner}: expected `images` as uint8 (0..255) or floating ([0, 1]), got {images.dtype}. "
-                "Convert them with .to(torch.uint8)."
-            )
         patch = self.patch_size
         h, w = -(-size["H"] // patch), -(-size["W"] // patch)
         if self._only_size is not None and self._only_size != (h * patch, w * patch):

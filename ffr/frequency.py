@@ -188,6 +188,8 @@ def _fused(features: Tensor, h: int, w: int) -> ModuleType | None:
     """The module of the fused kernel, where it can run on these features."""
     if features.device.type != "cuda" or not _plain(features) or find_spec("triton") is None:
         return None
+    if torch.version.hip is not None:  # it multiplies in TF32, which is NVIDIA's
+        return None
     if torch.cuda.get_device_capability(features.device) < (8, 0):
         return None
     from ffr import _frequency_kernel
@@ -281,12 +283,16 @@ def passed(size: int, mu: float) -> int:
     return math.floor(mu * size + 1e-9)  # the tolerance keeps 29 of 0.29 * 100
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph holds the matrices, not how they are made
 def _matrices(
     h: int, w: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool
 ) -> tuple[Tensor, Tensor]:
     """Both projections; in one call, because torch 2.14 takes two constants of one function for one."""
     return _matrix(h, mu, dtype, device, plain), _matrix(w, mu, dtype, device, plain)
+
+
+# A graph holds the matrices, not how they are made. This is all that torch.compiler.assume_constant_result does, but
+# that one imports the compiler, and Triton with it: as long again as torch, for everyone who imports ffr.
+_matrices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _matrix(size: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool) -> Tensor:

@@ -255,12 +255,9 @@ def image_features(image: Tensor, *, sxy: float, srgb: float) -> Tensor:
     """
     owner = "image_features"
     _check.bind(owner, image=(image, "3 H W"))
+    _check.pixels(owner, image=image)
     positive(owner, sxy=sxy, srgb=srgb)
     if image.dtype != torch.uint8:
-        if not image.is_floating_point():
-            raise TypeError(
-                f"{owner}: expected `image` as uint8 or float in [0, 1], got {image.dtype}. Use image.to(torch.uint8)."
-            )
         image = image.to(torch.promote_types(image.dtype, torch.float32)) * 255
     colour = image.flatten(1).to(torch.promote_types(image.dtype, torch.float32))
     return torch.cat([_positions(image.shape[1:], sxy, colour.dtype, image.device), (colour / srgb).t()], 1)

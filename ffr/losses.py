@@ -160,7 +160,8 @@ def affinity_loss(
     with _check.no_autocast(tokens):
         # Scaling by the norm first keeps fp16 products in range; a zero token is alike to none.
         norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_accumulator(tokens))
-        unit = (tokens / torch.where(norm > 0, norm, 1)).to(tokens.dtype)
+        some = norm > 10 * torch.finfo(norm.dtype).tiny ** 0.5  # below, the gradient would overflow
+        unit = (tokens / torch.where(some, norm, 1)).to(tokens.dtype)
         alike = torch.bmm(unit, unit.transpose(1, 2)).abs().to(norm.dtype)
         counts = torch.stack([positive.sum(), negative.sum()]).to(norm.dtype)
         counts = _check.reduced(owner, counts, all_reduce, world_size)
@@ -283,8 +284,7 @@ def dense_energy_loss(
     _check.within(owner, scale=scale, at_most=1.0)
     if roi is not None:
         _check.bind(owner, sizes=sizes, roi=(roi, "B H W"))
-    if not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise TypeError(f"{owner}: expected `images` as uint8 or float in [0, 1], got {images.dtype}.")
+    _check.pixels(owner, images=images)
     full = (sizes["H"], sizes["W"])
     small = tuple(max(1, int(scale * side)) for side in full)
     with _check.no_autocast(logits):

@@ -267,7 +267,8 @@ class _Cosines(torch.autograd.Function):
 
 
 def inverse_norm(vectors: Tensor) -> Tensor:
-    """``1 / |v|`` over the last axis, 0 for a zero vector, with a finite gradient; at least float32."""
+    """``1 / |v|`` over the last axis, with a finite gradient; 0 where the square underflows. At least float32."""
     # fp16 would overflow in the sum of squares
     norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.promote_types(vectors.dtype, torch.float32))
-    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1), 0)
+    some = norm > 10 * torch.finfo(norm.dtype).tiny ** 0.5
+    return torch.where(some, 1 / torch.where(some, norm, 1), 0)

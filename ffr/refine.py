@@ -69,6 +69,7 @@ class PixelAdaptiveRefinement(nn.Module):
         """
         owner = "PixelAdaptiveRefinement"
         _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
+        _check.pixels(owner, images=images)
         _check.floating(owner, scores=scores)
         with _check.no_autocast(scores):
             if _fused(images, scores):
@@ -89,7 +90,9 @@ class PixelAdaptiveRefinement(nn.Module):
 
     def affinity(self, images: Tensor) -> Tensor:
         """Weights of the neighbours, ``(B, 8 * len(dilations), H, W)``, at least float32; they sum to 1.01."""
-        _check.bind("PixelAdaptiveRefinement.affinity", images=(images, "B 3 H W"))
+        owner = "PixelAdaptiveRefinement.affinity"
+        _check.bind(owner, images=(images, "B 3 H W"))
+        _check.pixels(owner, images=images)
         return torch.cat(self._weights(images), 1)
 
     @torch.no_grad()
@@ -210,19 +213,23 @@ def refine_label(
     Reference: the lineage's pseudo label (ToCo, CVPR 2023).
     """
     owner = "refine_label"
-    sizes = _check.bind(owner, images=(images, "B 3 H W"), labels=(labels, "B K"))
+    cams = (cam,) if isinstance(cam, Tensor) else cam
+    if not cams:
+        raise ValueError(f"{owner}: expected `cam` to be a tensor, or a tuple of at least one, got {cam!r}.")
+    sizes = _check.bind(owner, images=(images, "B 3 H W"))
+    sizes = _check.bind(owner, sizes=sizes, cam=(cams[0], "B K h w"), labels=(labels, "B K"))
+    _check.pixels(owner, images=images)
     _check.within(owner, high=high, at_most=1.0)
     _check.within(owner, low=low, at_most=high)
     _check.within(owner, whole=True, downscale=downscale, at_least=1)
     _check.label_names(owner, num_classes=sizes["K"], ignore_index=ignore_index)
-    cams = (cam,) if isinstance(cam, Tensor) else cam
     height, width = sizes["H"], sizes["W"]
     small = (max(1, height // downscale), max(1, width // downscale))
     with torch.no_grad(), _check.no_autocast(images):
         ids, present = present_classes(labels, max_present)
         stacks = []
         for one in cams:
-            _check.bind(owner, sizes={"B": sizes["B"], "K": sizes["K"]}, cam=(one, "B K _ _"))
+            _check.bind(owner, sizes={"B": sizes["B"], "K": sizes["K"]}, cam=(one, "B K h w"))
             _check.floating(owner, cam=one)
             scores = take_classes(one, ids).float()
             scores = F.interpolate(scores, size=small, mode="bilinear", align_corners=False)

@@ -22,7 +22,8 @@ from ffr import _frequency_kernel as kernel
 from ffr import frequency, split_bands
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-2, torch.float16: 1e-2}  # of N(0, 1), P rounded as well
-LAYOUTS = ("maps", "channels last", "tokens", "tokens behind a prefix", "every second row", "expanded", "gaps")
+LAYOUTS = ("maps", "channels last", "tokens", "tokens behind a prefix", "every second row", "gaps")
+REPEATED = {"": (), "channels": (1,), "space": (2, 3), "rows": (2,), "columns": (3,), "all": (1, 2, 3)}
 
 
 def noise(seed, *shape, dtype=torch.float32):
@@ -38,7 +39,6 @@ def laid_out(x, layout):
         "tokens": lambda: tokens.contiguous(),
         "tokens behind a prefix": lambda: torch.cat([tokens[:, :1], tokens], 1)[:, 1:],
         "every second row": lambda: x.repeat_interleave(2, 2)[:, :, ::2],
-        "expanded": lambda: x,
         "gaps": lambda: x.repeat_interleave(2, 3)[:, :, :, ::2],  # neither channels nor columns side by side
     }[layout]()
 
@@ -79,13 +79,14 @@ def fused(monkeypatch):
     st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 35), st.integers(1, 35)),
     st.floats(0, 0.5),
     st.sampled_from(LAYOUTS),
+    st.sampled_from(list(REPEATED)),
     st.sampled_from(list(TOLERANCE)),
 )
-@settings(max_examples=40)
-def test_the_kernel_is_the_product(seed, shape, mu, layout, dtype):
+@settings(max_examples=60)
+def test_the_kernel_is_the_product(seed, shape, mu, layout, repeated, dtype):
     h, w = shape[2:]
-    base = noise(seed, *shape, dtype=dtype)
-    base = base[:, :1].expand(shape) if layout == "expanded" else base
+    base = noise(seed, *(1 if axis in REPEATED[repeated] else size for axis, size in enumerate(shape)), dtype=dtype)
+    base = base.expand(shape)
     x = laid_out(base, layout)
     low, high = split(x, mu, h, w)
     assert low.dtype == high.dtype == dtype
@@ -141,6 +142,24 @@ def test_bands_and_gradient_by_the_kernel_are_those_of_the_products(fused, grid,
     (theirs,) = torch.autograd.grad(tuple(wanted), x, weights)
     assert_close(ours, theirs, rtol=0, atol=8e-6)
     assert len(fused) == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("over", [(2, 3), 1, (1, 2, 3)])
+@pytest.mark.parametrize("bands", [(1, 0), (0, 1), (1, 1)])
+def test_gradients_that_are_repeated_in_memory_are_those_of_the_products(fused, layout, over, bands):
+    def energy(split):
+        low, high = (as_maps(band, 5, 7) for band in split(x))
+        return bands[0] * low.sum(over).square().sum() + bands[1] * high.sum(over).square().sum()
+
+    x = laid_out(noise(0, 2, 6, 5, 7), layout).requires_grad_()
+    grid = {"grid": (5, 7)} if x.ndim == 3 else {}
+    ours, theirs = (
+        torch.autograd.grad(energy(split), x)[0]
+        for split in (lambda x: split_bands(x, 0.3, **grid), lambda x: frequency._as_graph(x, 0.3, 5, 7))
+    )
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert fused
 
 
 def test_gradients_of_sums_second_derivatives_and_one_band_alone(fused):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import ffr
 from ffr.cam import (
     cam_to_label,
     class_activation_map,
@@ -124,7 +125,12 @@ def test_a_weight_in_another_precision_takes_that_of_the_features():
     ("features", "weight", "grid", "message"),
     [
         ((2, 5, 3, 4), (3, 6), None, "class_activation_map: expected `weight` of shape (K, D=5), got (3, 6)."),
-        ((2, 5, 3, 4), (3, 5, 3, 3), None, "class_activation_map: expected `weight` of shape (K, D=5), got "),
+        (
+            (2, 5, 3, 4),
+            (3, 5, 3, 3),
+            None,
+            "class_activation_map: expected `weight` of shape (K, D=5), got (3, 5, 3, 3)",
+        ),
         ((2, 5, 3, 4), (5,), None, "class_activation_map: expected `weight` of shape (K, D=5), got (5,)."),
         ((2, 12, 5), (3, 5), None, "class_activation_map: expected `features` of shape (B, D, h, w), got (2, 12, 5)."),
         ((2, 12, 5), (3, 5), (3, 5), "`grid` is 3 x 5 = 15 tokens: drop prefix tokens, or correct `grid`."),
@@ -214,6 +220,23 @@ def test_maps_and_labels_that_do_not_fit_are_refused():
         normalize_cam(torch.zeros(2, 3, 4, 4), labels=torch.ones(2, 4))
     with pytest.raises(TypeError, match="normalize_cam: expected `raw` of a floating dtype, got"):
         normalize_cam(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"normalize_cam: expected `mask` of shape \(B=2, h=4, w=5\), got \(2, 5, 4\)"):
+        normalize_cam(torch.zeros(2, 3, 4, 5), mask=torch.ones(2, 5, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"normalize_cam: expected `mask` of dtype torch\.bool"):
+        normalize_cam(torch.zeros(2, 3, 4, 4), mask=torch.ones(2, 4, 4))
+
+
+@given(seeds, sides, sides)
+def test_what_a_mask_leaves_out_of_a_map_is_zero_and_decides_nothing(seed, h, w):
+    raw = noise(seed, 2, 3, h, w + 1) + 3
+    mask = torch.arange(w + 1).expand(2, h, w + 1) < w
+    raw[..., w] = torch.tensor([torch.nan, torch.inf, -9.0])[:, None]
+    cam = normalize_cam(raw.requires_grad_(), mask=mask)
+    assert_close(cam[..., :w], normalize_cam(raw[..., :w]), rtol=0, atol=0)
+    assert not cam[..., w].any()
+    (gradient,) = torch.autograd.grad(cam.square().sum(), raw)
+    assert gradient.isfinite().all() and not gradient[..., w].any()
+    assert not normalize_cam(raw, mask=torch.zeros_like(mask)).any()
 
 
 # Several scales ---------------------------------------------------------------------------------------------------
@@ -428,6 +451,21 @@ def test_the_network_keeps_the_autocast_of_its_caller_and_trains_after_it(dtype)
 
 def test_an_image_of_one_pixel_has_a_flat_cam():
     assert_close(multi_scale_cam(lambda x: x, torch.rand(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_images_of_another_dtype_are_refused(dtype):
+    images = torch.ones(1, 3, 8, 8, dtype=dtype)
+    for name, call in {
+        "multi_scale_cam": lambda: multi_scale_cam(lambda x: x, images),
+        "refine_label": lambda: ffr.refine_label(images, torch.rand(1, 2, 8, 8), torch.ones(1, 2)),
+        "PixelAdaptiveRefinement": lambda: ffr.PixelAdaptiveRefinement((1,), 1)(images, torch.rand(1, 2, 8, 8)),
+        "PixelAdaptiveRefinement.affinity": lambda: ffr.PixelAdaptiveRefinement((1,), 1).affinity(images),
+        "dense_energy_loss": lambda: ffr.DenseEnergyLoss()(torch.rand(1, 2, 8, 8), torch.zeros(1, 8, 8).long(),
+                                                           images=images),
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=rf"{name}: expected `images` as uint8 or float in \[0, 1\], got {dtype}"):
+            call()
 
 
 @pytest.mark.parametrize(

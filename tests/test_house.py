@@ -40,6 +40,7 @@ DESIGNED = {"__init__", "_check", "frequency", "prototypes", "rectification", "c
 DESIGNED |= {"crf", "losses", "heads", "encoder", "framework", "metrics", "draw"}
 CORE = {"torch", "einops", "numpy", "scipy"}
 HEAVY = {"timm", "torchvision", "PIL", "matplotlib", "accelerate", "pycocotools", "tyro", "rich", "safetensors"}
+HEAVY |= {"triton", "sympy"}  # of torch's compiler, which takes as long as torch itself
 OFF_THE_DEVICE = {"cam", "classifier", "encoder", "framework", "frequency", "heads", "losses", "objective"}
 OFF_THE_DEVICE |= {"prototypes", "rectification", "refine", "_frequency_kernel", "_refine_kernel"}
 WAITS = {"item", "tolist", "nonzero", "masked_select", "unique", "cpu", "numpy", "synchronize"}
@@ -137,11 +138,11 @@ def loaded_by(code):
 
 
 def test_importing_ffr_stays_light_and_silent():
-    assert loaded_by("import ffr") & HEAVY == set()
+    assert loaded_by("import ffr") & HEAVY <= loaded_by("import torch")
 
 
 def test_the_test_of_the_light_import_can_fail():
-    assert loaded_by("import ffr, PIL") & HEAVY == {"PIL"}
+    assert loaded_by("import ffr, PIL, torch._dynamo") & HEAVY >= {"PIL", "sympy"}
 
 
 def slow_calls(module, source):

@@ -296,6 +296,13 @@ def test_a_module_is_its_function_with_the_ignore_index_bound(module):
     assert repr(module) == f"{type(module).__name__}(ignore_index=7)"
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-20, 1e-19, 1e-18])
+def test_a_token_however_short_leaves_the_gradient_of_the_affinity_finite(length):
+    tokens = torch.ones(1, 3, 4) * torch.tensor([1, length, length])[:, None]
+    loss, gradient = value_and_gradient(affinity_loss, tokens, torch.tensor([[[0, 0, 2]]]), grid=(1, 3))
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
 def test_the_affinity_module_takes_tokens():
     x, label = noise(0, 2, 4, 3, 5), some_label(0, 2, 3, 5)
     assert_close(ffr.AffinityLoss()(x.flatten(2).transpose(1, 2), label, grid=(3, 5)), affinity_loss(x, label))

@@ -132,6 +132,26 @@ def test_with_any_weights_at_any_step_the_total_is_the_sum_of_what_has_started(w
     assert bool(terms.aff) == (w_aff > 0 and step >= 4)
 
 
+def test_the_prototypes_come_from_the_normalised_cam():
+    # Tokens share a large vector, so the raw map is positive all over: nearly every token would reach the threshold.
+    class Shifted(TinyEncoder):
+        def forward(self, images):
+            final, intermediate, mask = super().forward(images)
+            return Features(final + 5 * model.classifier.weight[0][:, None, None].detach(), intermediate, mask)
+
+    images, labels = batch()
+    loss = objective(encoder=Shifted, lambda_h=0)
+    model = loss.model
+    x, raw = model.encoder(images).final, model.outputs(images).cam[:, 0]
+    assert raw.amin() > 0.7 * raw.amax() > 0
+    seen = []
+    loss.prototypes.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    loss(images, labels, step=0)
+    ((features, cam, _),) = seen
+    assert_close(features, x)
+    assert_close(cam, ffr.cam.normalize_cam(model.outputs(images).cam, labels=labels))
+
+
 def test_the_shares_are_those_of_the_label_and_of_the_selection():
     images, labels = batch()
     loss = objective(high=0.55, low=0.3)

@@ -303,6 +303,16 @@ def test_a_zero_token_or_prototype_has_similarity_zero_and_finite_gradients():
     assert_close(features.grad[0, :, 0, 1], torch.tensor([0.128, -0.096]))
 
 
+@pytest.mark.parametrize("length", [1e-40, 1e-30, 1e-20, 1e-19, 1e-18, 1e-16])
+def test_a_token_however_short_leaves_the_gradients_finite(length):
+    features = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    features[:, :, 1, 1] *= length
+    for x in (features, features * length):
+        x = x.clone().requires_grad_()
+        similarity_maps(x, torch.ones(1, 2, 8)).sum().backward()
+        assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("length", [1e-3, 1.0, 5e3])
 def test_half_precision_neither_overflows_nor_vanishes(length):
     features = (noise(0, 1, 1024, 3, 3) * length).half()  # longer than fp16 can say for 5e3

@@ -1,6 +1,7 @@
 """Token selection and the rectification loss: the paper's Figure 1 by hand, the laws, and the empty cases."""
 
 import re
+from itertools import product
 
 import pytest
 import reference
@@ -366,9 +367,9 @@ def test_where_nothing_is_selected_the_loss_is_exactly_zero_and_connected(settin
 
 @pytest.mark.parametrize("distance", ["cosine", "l1", "l2"])
 def test_zero_tokens_and_zero_prototypes_leave_the_gradient_finite(distance):
-    features = torch.zeros(1, 2, 1, 2).requires_grad_()
     rest = {"low": figure_1()["low"].float(), "valid": torch.ones(1, 2) > 0, "distance": distance}
-    for prototypes in (torch.eye(2)[None], torch.zeros(1, 2, 2)):
+    for prototypes, length in product((torch.eye(2)[None], torch.zeros(1, 2, 2)), (0.0, 1e-30, 1e-20, 1e-18)):
+        features = torch.full((1, 2, 1, 2), length).requires_grad_()
         for gap in (0.1, None):
             loss = rectification_loss(features=features, prototypes=prototypes, gap=gap, **rest)
             (gradient,) = torch.autograd.grad(loss, features)

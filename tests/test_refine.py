@@ -396,10 +396,11 @@ def test_cams_of_any_precision_are_compared_in_single(dtype):
         ({"downscale": 0}, "refine_label: expected `downscale` in [1, inf], got 0."),
         ({"max_present": 5}, "present_classes: expected `max_present` in [0, 4], got 5. `labels` has K=4 classes."),
         ({"images": torch.rand(3, 1, 12, 17)}, "refine_label: expected `images` of shape (B, 3, H, W), got (3, 1"),
-        ({"labels": torch.ones(2, 4)}, "refine_label: expected `labels` of shape (B=3, K), got (2, 4)."),
-        ({"labels": torch.ones(3, 5)}, "refine_label: expected `cam` of shape (B=3, K=5, _, _), got (3, 4, 5, 7)."),
-        ({"cam": (torch.rand(3, 4, 5, 7), torch.rand(2, 4, 5, 7))}, "expected `cam` of shape (B=3, K=4, _, _), got (2"),
-        ({"cam": torch.rand(3, 4)}, "refine_label: expected `cam` of shape (B=3, K=4, _, _), got (3, 4)."),
+        ({"labels": torch.ones(2, 4)}, "refine_label: expected `labels` of shape (B=3, K=4), got (2, 4)."),
+        ({"labels": torch.ones(3, 5)}, "refine_label: expected `labels` of shape (B=3, K=4), got (3, 5)."),
+        ({"cam": ()}, "refine_label: expected `cam` to be a tensor, or a tuple of at least one, got ()."),
+        ({"cam": (torch.rand(3, 4, 5, 7), torch.rand(2, 4, 5, 7))}, "expected `cam` of shape (B=3, K=4, h, w), got (2"),
+        ({"cam": torch.rand(3, 4)}, "refine_label: expected `cam` of shape (B=3, K, h, w), got (3, 4)."),
     ],
 )  # fmt: skip
 def test_thresholds_and_shapes_that_do_not_fit_are_refused(settings, message):
