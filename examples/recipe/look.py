@@ -64,6 +64,7 @@ def predict_labels(logits: Tensor) -> Tensor:
 class Compared(NamedTuple):
     """Similarities (2, K, h, w) of X and X_low to the prototypes; which classes have one; what is selected."""
 
+    seeds: Tensor  # (K, h, w), weight in the prototype, 1 at the peak
     similarity: Tensor
     valid: Tensor  # bool (K,)
     selected: Tensor  # bool (K, h, w)
@@ -85,7 +86,8 @@ def compare(trained: Trained, out: Outputs, labels: Tensor) -> Compared:
     real = torch.ones_like(similarity[0, 0], dtype=torch.bool) if out.mask is None else out.mask[0]
     # As `ffr.rectification.select_tokens`, of which a test makes sure.
     chosen = ((similarity[0] - similarity[1]).abs() > trained.config.gap) & valid[0][:, None, None] & real
-    return Compared(similarity, valid[0], chosen, real)
+    seeds = torch.where(cam[0] >= trained.config.seed_threshold, cam[0], 0)
+    return Compared(seeds, similarity, valid[0], chosen, real)
 
 
 def patch_of(found: Compared) -> Patch | None:
@@ -117,9 +119,6 @@ def see(trained: Trained, example: Example) -> Seen:
     how = {"scales": config.cam_scales, "flip": config.cam_flip, "labels": labels, "max_present": len(ids)}
     cam = multi_scale_cam(lambda pixels: model.cams(pixels)[0], images, **how)
     refinement = PixelAdaptiveRefinement(config.dilations)
-    raw = out.cam[0, ids].relu()
-    peak = raw.amax((1, 2), keepdim=True)
-    raw = raw / torch.where(peak > 0, peak, 1)
     return Seen(
         example=example,
         classes=tuple(ids),
@@ -129,7 +128,7 @@ def see(trained: Trained, example: Example) -> Seen:
         bands=band_cams(model, out)[:, 0, ids].cpu(),
         spectrum=spectrum_of(out.final)[0].cpu(),
         similarity=found.similarity[:, ids].cpu(),
-        seeds=torch.where(raw >= config.seed_threshold, raw, 0).cpu(),
+        seeds=found.seeds[ids].cpu(),
         selected=found.selected[ids].cpu(),
         patch=patch_of(found),
     )
