@@ -115,7 +115,7 @@ def test_the_instructions_leave_room_for_the_memory(side, tokens, dtype):
     # 48 of float32 and 24 of bfloat16 are 60 % of what an H200 issues while its memory moves an element.
     found = instructions.best((side, side), dtype, tokens=tokens, join=False, capability=90)
     assert found["instructions"] < {"fp32": 48, "bf16": 24}[dtype]
-    assert found["spilled"] < 2
+    assert found["spilled"] < 4
 
 
 @needs_triton
