@@ -35,13 +35,13 @@ run() { # run SECONDS SUBJECT SCRIPT OPTION...: one benchmark, its figures in FO
 }
 
 run 60 step step.py --precision bf16
-run 90 frequency frequency.py --quick
-run 50 prototypes prototypes.py
-run 50 cams cams.py
-run 60 refinement refinement.py
+run 150 frequency frequency.py --quick
+run 40 prototypes prototypes.py
+run 40 cams cams.py
+run 50 refinement refinement.py
 run 50 crf crf.py --limit 2 --rounds 2
 run 20 energy energy.py --rounds 3
-run 100 step-compiled step.py --precision bf16 --compile blocks
+run 90 step-compiled step.py --precision bf16 --compile blocks
 run 80 inference inference.py --precision bf16
 printf '\n'
 printf '%s\n' "${report[@]}"

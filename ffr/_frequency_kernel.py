@@ -26,7 +26,6 @@ _TILE = 2**15  # most elements of one program: what 16 warps hold in registers
 # programs run beside each other, so that one loads while another multiplies.
 _CHOICES = (
     (12, 4, 32, None),
-    (12, 4, 32, 168),
     (13, 4, 32, 128),
     (13, 8, 32, None),
     (13, 8, 32, 128),
@@ -36,7 +35,6 @@ _CHOICES = (
     (12, 4, 64, None),
     (12, 4, 64, 128),
     (13, 8, 64, None),
-    (13, 8, 64, 128),
     (14, 8, 64, None),
     (14, 8, 64, 128),
     (15, 16, 64, None),
@@ -181,14 +179,14 @@ def choices() -> list[Any]:
 
 
 def pruned(all_choices: list[Any], arguments: dict[str, Any], **settings: Any) -> list[Any]:
-    """Those of which a program holds a channel at least, and its projection fits into shared memory."""
+    """Those of which a program holds a channel at least: whole maps up to 64 rows, and 32 at once of longer ones."""
     height, area = settings["H"], settings["H"] * settings["W"]
 
     def promising(choice: Any) -> bool:
-        tile, rows = choice.kwargs["TILE"], choice.kwargs["ROWS"]
-        many = tile == 64 * 32 * choice.num_warps  # in steps a thread needs more elements for as many loads at once
-        whole = rows == height == 64 or (rows == 32 >= height and tile < _TILE)
-        return bool(tile >= area and (whole or (rows == 32 < height and many and not choice.kwargs["AGAIN"])))
+        tile, rows, again = (choice.kwargs[name] for name in ("TILE", "ROWS", "AGAIN"))
+        if height > 64:  # in steps a thread needs many elements for as many loads at once
+            return bool(tile >= area and rows == 32 and tile == 64 * 32 * choice.num_warps and not again)
+        return bool(tile >= area and rows == max(height, 32) and (tile < _TILE or rows == 64))
 
     return [choice for choice in all_choices if promising(choice)]
 
