@@ -3,7 +3,7 @@
 Looks at metadata only: here no tensor value is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -119,6 +119,14 @@ def pair(owner: str, /, **values: tuple[int, int]) -> None:
     for name, value in values.items():
         if isinstance(value, (int, float)) or len(value) != 2 or not all(_number(side, whole=True) for side in value):
             raise ValueError(f"{owner}: expected `{name}` of two integers, (height, width), got {value!r}.")
+
+
+def factors(owner: str, scales: Sequence[float], /) -> None:
+    """Refuse no scales, and such as are not above 0."""
+    if not scales:
+        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
+    for scale in scales:
+        within(owner, scales=scale, at_least=1e-3, at_most=100.0)
 
 
 def ranks(owner: str, all_reduce: Callable[[Tensor], Tensor] | None, world_size: int, /) -> None:

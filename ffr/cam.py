@@ -188,7 +188,7 @@ def multi_scale_cam(
     """
     owner = "multi_scale_cam"
     sizes = _check.bind(owner, images=(images, "B 3 H W"))
-    check_scales(owner, scales)
+    _check.factors(owner, scales)
     _check.pixels(owner, images=images)
     if max_present is not None and labels is None:
         raise ValueError(f"{owner}: `max_present` needs `labels`. Pass labels of shape (B, K).")
@@ -244,14 +244,6 @@ def multi_scale_cam(
                     totals[index] += maps.relu()
         cams = tuple(_finish(total, labels, ids).to(kept) for total, kept in zip(totals, dtypes, strict=True))
     return cams[0] if single else cams  # type: ignore[return-value]
-
-
-def check_scales(owner: str, scales: Sequence[float]) -> None:
-    """Refuse factors that are none."""
-    if not scales:
-        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
-    for scale in scales:
-        _check.within(owner, scales=scale, at_least=1e-3, at_most=100.0)
 
 
 def whole_patches(maps: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

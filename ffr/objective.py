@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffr import _check
-from ffr.cam import cam_to_label, check_scales, multi_scale_cam, normalize_cam, to_image, whole_patches
+from ffr.cam import cam_to_label, multi_scale_cam, normalize_cam, to_image, whole_patches
 from ffr.encoder import Features
 from ffr.framework import FFR
 from ffr.losses import AffinityLoss, DenseEnergyLoss, SegmentationLoss
@@ -132,7 +132,7 @@ class FFRLoss(nn.Module):
         _check.within(owner, low=low, at_most=high)
         _check.within(owner, affinity_low=affinity_low, at_most=affinity_high)
         _check.ranks(owner, all_reduce, world_size)
-        check_scales(owner, scales)
+        _check.factors(owner, scales)
         self.model = model
         self.start, self.affinity_start = start, affinity_start
         self.high, self.low = high, low

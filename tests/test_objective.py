@@ -132,6 +132,12 @@ def test_with_any_weights_at_any_step_the_total_is_the_sum_of_what_has_started(w
     assert bool(terms.aff) == (w_aff > 0 and step >= 4)
 
 
+@pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])
+def test_scales_that_are_none_are_refused_when_the_objective_is_made(scales):
+    with pytest.raises(ValueError, match="FFRLoss: expected `scales`"):
+        objective(scales=scales)
+
+
 def test_the_prototypes_come_from_the_normalised_cam():
     # Tokens share a large vector, so the raw map is positive all over: nearly every token would reach the threshold.
     class Shifted(TinyEncoder):
