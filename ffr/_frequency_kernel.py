@@ -2,7 +2,7 @@
 
 Importing this file needs Triton; `ffr.frequency` does so on the first CUDA tensor that fits.
 
-What limits such a kernel is the number of instructions for each element, long before the arithmetic. So offsets and
+By count (`benchmarks/instructions.py`) the instructions for each element limit such a kernel first. So offsets and
 masks are made for as many neighbours in memory as one load takes, a program holds whole maps where it can, and float32
 is cut into numbers of TF32 by hand.
 """
