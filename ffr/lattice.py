@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from ffr import _check
 
+RUN = 64  # points that one thread of a GPU adds up: a lattice point in a plain sky has thousands
+
 
 class PermutohedralLattice:
     r"""Gaussian filter over N points, its cost linear in N; built once, used for any number of filterings.
@@ -51,6 +53,7 @@ class PermutohedralLattice:
     _spread_index: Tensor  # (N (d + 1),) int32, who spreads to a lattice point, one lattice point after the other
     _spread_weight: Tensor  # (N (d + 1),)
     _offsets: Tensor  # (points,) int32, where the points of a lattice point begin
+    _runs: tuple[Tensor, Tensor] | None  # runs of points are added up first: where each begins, the first of each sum
     _axes: list[tuple[Tensor, Tensor]]  # along each: (points, 3) itself and its two neighbours, and their weights
 
     def __init__(
@@ -85,13 +88,7 @@ class PermutohedralLattice:
 
     def blurred(self, values: Tensor) -> Tensor:
         """Values ``(N, C)`` on the blurred lattice, ``(points, C)``; ``index`` and ``weight`` read them back."""
-        values = F.embedding_bag(
-            self._spread_index,
-            values.detach().to(self.weight.dtype),
-            self._offsets,
-            mode="sum",
-            per_sample_weights=self._spread_weight,
-        )
+        values = self._spread(values.detach().to(self.weight.dtype))
         reverse = values if self.exact_adjoint else None
         for index, weight in self._axes:
             values = weighted_rows(index, values, weight)
@@ -100,6 +97,16 @@ class PermutohedralLattice:
         for index, weight in reversed(self._axes):
             reverse = weighted_rows(index, reverse, weight)
         return values.add_(reverse).mul_(0.5)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values ``(N, C)`` on the lattice, not blurred yet."""
+        begin, first = (self._offsets, None) if self._runs is None else self._runs
+        values = F.embedding_bag(self._spread_index, values, begin, mode="sum", per_sample_weights=self._spread_weight)
+        if first is None:
+            return values
+        return F.embedding_bag(
+            torch.arange(len(values), dtype=first.dtype, device=first.device), values, first, mode="sum"
+        )
 
     def _build(self, columns: Tensor, count: bool) -> None:
         """Find the simplex of every point, number the corners, and note who neighbours whom."""
@@ -164,6 +171,12 @@ class PermutohedralLattice:
         )
         received = torch.zeros_like(own).scatter_add_(0, receiver, length)
         self._offsets = (received.cumsum(0) - received).int()
+        self._runs = None
+        if not count:  # a GPU gives every sum a thread of its own, and would wait for the longest
+            begin = torch.cat([self._offsets, torch.arange(0, room, RUN, dtype=torch.int32, device=device)]).sort()[0]
+            # Before its own begin lie those of the points before it, and the multiples of RUN below.
+            first = own + (self._offsets + (RUN - 1)).div(RUN, rounding_mode="trunc")
+            self._runs = begin, first.int()
         self.weight = self.weight / (1 + 2.0**-d)
 
 

@@ -12,7 +12,7 @@ from reference import no_host_sync
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from ffr.lattice import PermutohedralLattice, image_features, position_lattice
+from ffr.lattice import RUN, PermutohedralLattice, image_features, position_lattice
 
 seeds = st.integers(0, 2**32 - 1)
 dimensions = st.integers(1, 6)
@@ -157,6 +157,19 @@ def test_uncounted_it_is_the_same_and_the_host_reads_nothing(seed, d, normalize,
         ours = lattice(values)
     assert_close(ours, wanted(values))
     assert lattice.points == 40 * (d + 1) >= wanted.points
+
+
+@pytest.mark.parametrize("crowd", [0, 1, RUN - 1, RUN, RUN + 1, 1000])
+def test_no_thread_of_a_gpu_adds_up_a_long_run(crowd):
+    """A thousand points at one place beside others: an uncounted lattice gives the same, from short sums."""
+    f = torch.cat([normal(50, 3), torch.full((crowd, 3), 0.3, dtype=torch.float64), 5 + normal(50, 3, seed=1)])
+    values = normal(len(f), 2, seed=2)
+    lattice = PermutohedralLattice(f, count=False)
+    assert_close(lattice(values), PermutohedralLattice(f)(values))
+    begin, first = lattice._runs
+    entries = len(f) * 4
+    assert torch.diff(begin, append=begin.new_tensor([entries])).max() <= RUN
+    assert torch.diff(first, append=first.new_tensor([len(begin)])).max() <= entries // RUN + 2
 
 
 def test_on_a_pretended_gpu_nothing_stays_behind_and_the_host_reads_nothing():
