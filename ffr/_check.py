@@ -178,8 +178,9 @@ def tokens(
             remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
             if tensor.shape[1] == height * width:  # another axis is wrong, and the shapes say which
                 remedy = ""
-            elif tensor.shape[0] == height * width:
+            elif 0 <= (prefix := tensor.shape[0] - height * width) <= 8:
                 remedy = "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1)"
+                remedy += f", without {prefix} prefix token(s)" if prefix else ""
             bound = bind(owner, sizes={**known, "N": height * width}, remedy=remedy, **{name: (tensor, "B N D")})
             known.update(B=bound["B"], D=bound["D"], h=height, w=width)
             out.append(tensor)

@@ -161,7 +161,9 @@ def multi_scale_cam(
 
     Args:
         fn: images ``(b, 3, h, w)`` -> raw maps ``(b, K, ., .)``, or a tuple of such maps. It sees an image and its
-            mirror in one batch.
+            mirror in one batch, at every scale. Maps are taken to cover the image: where an encoder pads it to whole
+            patches, return ``to_image(maps, images.shape[2:], p)``. Maps that need a gradient themselves, such as
+            Grad-CAM, are computed ``with torch.enable_grad():``.
         images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         scales: factors of the image side, each > 0.
         flip: also look at the mirrored image.
@@ -374,7 +376,10 @@ def to_image(maps: Tensor, size: tuple[int, int], patch_size: int) -> Tensor:
     _check.within(owner, at_least=1, whole=True, patch_size=patch_size)
     height, width = size
     grid = {"h": math.ceil(height / patch_size), "w": math.ceil(width / patch_size)}
-    remedy = f"Pass the size of the image that gave the maps: {height} x {width} has {grid['h']} x {grid['w']} patches"
+    remedy = (
+        f"Pass the size of the image that gave the maps: {height} x {width} has {grid['h']} x {grid['w']} patches. "
+        "Crop the image to whole patches first if the encoder drops the rest"
+    )
     _check.bind(owner, sizes=grid, remedy=remedy, maps=(maps, "B C h w"))
     full = (grid["h"] * patch_size, grid["w"] * patch_size)
     return F.interpolate(maps, size=full, mode="bilinear", align_corners=False)[..., :height, :width]

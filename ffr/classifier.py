@@ -15,9 +15,9 @@ class IntermediateClassifier(nn.Module):
 
     .. math:: z_k = W_k \cdot \max_i x_i
 
-    One parameter, ``weight`` ``(K, D)``; a state dict with a convolution's ``(K, D, 1, 1)`` loads too. The method uses
-    two of them: on the final features and, with its own weights, on those of an intermediate block, where high
-    frequencies are least attenuated.
+    One parameter, ``weight`` ``(K, D)``; a state dict with a convolution's ``(K, D, 1, 1)`` loads too, but not the
+    reverse. The method uses two of them: on the final features and, with its own weights, on those of an intermediate
+    block, where high frequencies are least attenuated.
 
     Args:
         embed_dim: D, channels of the features.

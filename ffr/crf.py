@@ -87,8 +87,8 @@ class DenseCRF(nn.Module):
             probabilities of the shape, dtype and device of `probs`; they sum to 1 over the labels.
 
         Raises:
-            ValueError: if the shapes do not fit, a number is not finite, a float image is not in [0, 1], or `probs` are
-                logits.
+            ValueError: if the shapes do not fit, a number is not finite, a float image is not in [0, 1], or a
+                probability is negative.
             TypeError: for a wrong dtype.
         """
         owner = "DenseCRF"
@@ -111,7 +111,7 @@ class DenseCRF(nn.Module):
                     "normalisation first, or divide bytes by 255."
                 )
         if (least := float(probs.detach().min())) < -1e-3:
-            raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Pass logits to `from_logits`.")
+            raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Take logits' softmax, or `from_logits`.")
         with torch.no_grad(), _check.no_autocast(probs):
             if not batch:
                 return self._mean_field(image, probs)

@@ -143,7 +143,8 @@ def affinity_loss(
     """
     owner = "affinity_loss"
     (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
-    _check.bind(owner, sizes=sizes, label=(label, "B h w"))
+    remedy = "Shrink the CAM to the token grid before `cam_to_label`"
+    _check.bind(owner, sizes=sizes, remedy=remedy, label=(label, "B h w"))
     _check.integer(owner, label=label)
     label = label.long()
     if mask is not None:
@@ -244,7 +245,8 @@ def dense_energy_loss(
     Args:
         logits: ``(B, K + 1, h, w)``; up-sampled bilinearly (``align_corners=False``) to the label.
         label: integer ``(B, H, W)``; only `ignore_index` matters.
-        images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1], not normalised.
+        images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1], not normalised. Values are not looked at: with floats
+            in 0..255 the energy is nearly 0, without an error.
         roi: ``(B, H, W)`` in [0, 1] or bool, what of the images is no padding; left out, all.
         weight: factor, >= 0.
         sigma_rgb: standard deviation of the colour, on the scale 0..255.

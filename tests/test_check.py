@@ -224,6 +224,12 @@ def test_maps_and_tokens_may_meet_in_one_call():
             "of shape (B, N=196, D), got (196, 2, 768). "
             "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1).",
         ),
+        (
+            (197, 2, 768),
+            (14, 14),
+            "of shape (B, N=196, D), got (197, 2, 768). "
+            "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1), without 1 prefix token(s).",
+        ),
     ],
 )
 def test_features_that_are_neither_maps_nor_tokens_of_the_grid_are_refused(shape, grid, message):

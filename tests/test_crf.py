@@ -411,7 +411,9 @@ def test_floats_that_are_no_image_are_refused_and_roundings_are_not(factor, offs
 
 def test_logits_in_the_place_of_probabilities_are_refused_and_roundings_are_not():
     image, probs = scene()
-    with pytest.raises(ValueError, match=r"DenseCRF: expected `probs` >= 0, got -\d.*\. Pass logits to `from_logits`"):
+    with pytest.raises(
+        ValueError, match=r"DenseCRF: expected `probs` >= 0, got -\d.*\. Take logits' softmax, or `from_logits`"
+    ):
         DenseCRF(iterations=1)(image, probs.log())
     below = probs.clone()
     below[3] = -1e-7  # one minus what should sum to one
