@@ -107,6 +107,7 @@ def test_the_crf_is_measured_beside_its_agreement(tmp_path, monkeypatch, capsys)
     options = "--images", photographs, "--height", 30, "--width", 40, "--labels", 3, "--iterations", 2, "--rounds", 1
     record = run(crf, monkeypatch, tmp_path / "c.json", *options)
     assert [(row["setting"], row["opponent"]) for row in record["rows"]] == [(s, "pydensecrf2") for s in crf.SETTINGS]
+    assert all(0 < row["times_faster_anew"]["median"] < 100 for row in record["rows"])
     assert all(row["labels_differing"] <= 1 and row["mean_abs_error"] < 1e-5 for row in record["rows"])
     assert record["settings"]["images"] == ["0.png", "1.png"]
     assert "recipe, pydensecrf2" in capsys.readouterr().out
