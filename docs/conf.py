@@ -29,9 +29,11 @@ nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|t
 
 
 def setup(app):
-    """Leave out the fields of a NamedTuple: its docstring says what they are, their own only which number they have."""
-    app.connect("autodoc-skip-member", lambda app, what, name, value, skip, options: _is_field(value) or None)
+    """Leave out what `print` shows of a module, and the fields of a NamedTuple, which its own docstring explains."""
+    app.connect(
+        "autodoc-skip-member", lambda app, what, name, value, skip, options: _said_elsewhere(name, value) or None
+    )
 
 
-def _is_field(value):
-    return (getattr(value, "__doc__", None) or "").startswith("Alias for field number")
+def _said_elsewhere(name, value):
+    return name == "extra_repr" or (getattr(value, "__doc__", None) or "").startswith("Alias for field number")

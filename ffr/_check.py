@@ -3,6 +3,7 @@
 Looks at metadata only: here no tensor value is read.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -112,6 +113,13 @@ def within(
             raise ValueError(
                 f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
             )
+
+
+def positive(owner: str, /, **values: float) -> None:
+    """Refuse numbers that are no standard deviation."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{owner}: expected `{name}` > 0, got {value!r}.")
 
 
 def pair(owner: str, /, **values: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffr import _check
-from ffr.lattice import PermutohedralLattice, image_features, position_lattice, positive, weighted_rows
+from ffr.lattice import PermutohedralLattice, image_features, position_lattice, weighted_rows
 
 BLOCK = 4096  # pixels whose labels are renewed at once on a CPU: their rows stay in its cache
 Job = tuple[str | PathLike[str], str | PathLike[str], str | PathLike[str]]
@@ -67,7 +67,7 @@ class DenseCRF(nn.Module):
     ) -> None:
         super().__init__()
         owner = "DenseCRF"
-        positive(owner, gaussian_sxy=gaussian_sxy, bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb)
+        _check.positive(owner, gaussian_sxy=gaussian_sxy, bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb)
         _check.within(owner, gaussian_compat=gaussian_compat, bilateral_compat=bilateral_compat)
         _check.within(owner, whole=True, iterations=iterations)
         _check.within(owner, floor=floor, prune=prune, at_most=1.0)

@@ -269,7 +269,7 @@ def image_features(image: Tensor, *, sxy: float, srgb: float) -> Tensor:
     owner = "image_features"
     _check.bind(owner, image=(image, "3 H W"))
     _check.pixels(owner, image=image)
-    positive(owner, sxy=sxy, srgb=srgb)
+    _check.positive(owner, sxy=sxy, srgb=srgb)
     if image.dtype != torch.uint8:
         image = image.to(torch.promote_types(image.dtype, torch.float32)) * 255
     colour = image.flatten(1).to(torch.promote_types(image.dtype, torch.float32))
@@ -288,7 +288,7 @@ def position_lattice(
         device: where it lies.
 
     Returns:
-        a lattice of ``H * W`` points, row by row. Shared: never edit it.
+        a lattice of ``H * W`` points, row by row; it is shared, so never edit it.
 
     Raises:
         ValueError: if `sxy` is not positive.
@@ -298,7 +298,7 @@ def position_lattice(
         >>> position_lattice((4, 6), sxy=3).index.shape
         torch.Size([24, 3])
     """
-    positive("position_lattice", sxy=sxy)
+    _check.positive("position_lattice", sxy=sxy)
     return _cached_position_lattice(tuple(size), float(sxy), dtype, torch.device(device))
 
 
@@ -314,10 +314,3 @@ def _positions(size: tuple[int, ...], sxy: float, dtype: torch.dtype, device: to
     """Column and row of every pixel over sxy, (H * W, 2)."""
     y, x = (torch.arange(n, dtype=dtype, device=device) / sxy for n in size)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-
-
-def positive(owner: str, /, **values: float) -> None:
-    """Refuse numbers that are no standard deviation."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{owner}: expected `{name}` > 0, got {value!r}.")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffr import _check
-from ffr.lattice import PermutohedralLattice, positive
+from ffr.lattice import PermutohedralLattice
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -282,7 +282,7 @@ def dense_energy_loss(
     _check.floating(owner, logits=logits)
     _check.integer(owner, label=label)
     _check.within(owner, weight=weight)
-    positive(owner, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
+    _check.positive(owner, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
     _check.within(owner, scale=scale, at_most=1.0)
     if roi is not None:
         _check.bind(owner, sizes=sizes, roi=(roi, "B H W"))
@@ -351,7 +351,7 @@ class DenseEnergyLoss(nn.Module):
         super().__init__()
         owner = "DenseEnergyLoss"
         _check.within(owner, weight=weight)
-        positive(owner, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
+        _check.positive(owner, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=scale)
         _check.within(owner, scale=scale, at_most=1.0)
         self.weight, self.sigma_rgb, self.sigma_xy, self.scale = weight, sigma_rgb, sigma_xy, scale
         self.ignore_index, self.exact_gradient = ignore_index, exact_gradient

@@ -117,7 +117,7 @@ class ConfusionMatrix(_Counts):
 
     @property
     def matrix(self) -> Tensor:
-        """Pixels, int64 ``(num_labels, num_labels)``: rows truth, columns prediction; predicted ignore left out."""
+        """Pixels, int64 ``(num_labels, num_labels)``; rows truth, columns prediction; predicted ignore left out."""
         return self.counts[:-2].view(self.num_labels, -1)[:, :-1]
 
     def iou(self) -> Tensor:
@@ -157,8 +157,10 @@ class ThresholdSweep(_Counts):
         (0.5, 1.0)
     """
 
-    def __init__(self, num_labels: int = 21, thresholds: Sequence[float] = _DEFAULT, ignore_index: int = 255) -> None:
-        self.thresholds = tuple(float(t) for t in thresholds)
+    def __init__(
+        self, num_labels: int = 21, thresholds: Sequence[float] | None = None, ignore_index: int = 255
+    ) -> None:
+        self.thresholds = tuple(float(t) for t in (_DEFAULT if thresholds is None else thresholds))
         rising = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False))
         if not self.thresholds or not rising or not 0 <= self.thresholds[0] <= self.thresholds[-1] <= 1:
             raise ValueError(f"ThresholdSweep: expected `thresholds` in [0, 1] and rising, got {self.thresholds}.")

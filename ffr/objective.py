@@ -195,9 +195,9 @@ class FFRLoss(nn.Module):
         exact = torch.promote_types(final.dtype, torch.float32)
         target = (labels > 0.5).to(exact)
         logits = model.classifier(final, mask=mask)
-        cls = F.multilabel_soft_margin_loss(logits.to(exact), target)
+        cls = _classification(logits.to(exact), target)
         logits = model.intermediate_classifier(intermediate, mask=mask)
-        cls_inter = F.multilabel_soft_margin_loss(logits.to(exact), target)
+        cls_inter = _classification(logits.to(exact), target)
         seg = seg_high = rect = aff = energy = ignored = foreground = selected = cls.new_zeros(())
         reduce = {"all_reduce": self.all_reduce, "world_size": self.world_size}
 
@@ -220,8 +220,9 @@ class FFRLoss(nn.Module):
                 real = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, : size[0], : size[1]]
                 pseudo = tuple(torch.where(real, label, self.ignore_index) for label in pseudo)
             unsure = pseudo[0] == self.ignore_index
-            ignored = unsure.to(exact).mean()
-            foreground = ((pseudo[0] > 0) & ~unsure).to(exact).mean()
+            ignored, foreground = (
+                chosen.sum(dtype=exact) / max(1, chosen.numel()) for chosen in (unsure, (pseudo[0] > 0) & ~unsure)
+            )
             full = self._full(model.head(final), size)
             if seg_on:
                 seg = self.segmentation(full, pseudo[0], **reduce)
@@ -236,7 +237,7 @@ class FFRLoss(nn.Module):
             parts = {"features": final, "low": low, "prototypes": vectors, "valid": valid, "mask": mask}
             if isinstance(self.rectification, RectificationLoss) and self.rectification.gap is not None:
                 parts["selected"] = self.rectification.select(**parts, max_present=max_present)
-                tokens = final[0, 0].numel() if mask is None else mask.flatten(1).sum(1)
+                tokens = final.shape[2] * final.shape[3] if mask is None else mask.flatten(1).sum(1)
                 selected = parts["selected"].sum() / (valid.sum(1) * tokens).sum().clamp(min=1)
             rect = self.rectification(**parts, **reduce).to(exact)
         if aff_on:
@@ -256,3 +257,8 @@ class FFRLoss(nn.Module):
     def _full(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return to_image(logits, size, self.model.encoder.patch_size)
+
+
+def _classification(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the images; 0, with its graph, for none."""
+    return F.multilabel_soft_margin_loss(logits, target, reduction="none").sum() / max(1, len(logits))
