@@ -167,7 +167,7 @@ class TimmEncoder(nn.Module):
         return cam.tokens_to_map(final, grid=(h, w), prefix=prefix), list(maps)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass: less memory for about a third more time."""
+        """Recompute the blocks in the backward pass: less memory for another forward pass of them."""
         self.model.set_grad_checkpointing(enable)
 
     def extra_repr(self) -> str:

@@ -31,7 +31,7 @@ class PermutohedralLattice:
             colour of an image come from `image_features`. Below float32 they are computed in float32.
         normalize: divide by the square root of the filtered ones on both sides.
         exact_adjoint: blur in both orders of the axes and average, so that ``u . G v = v . G u`` to rounding. One order
-            alone is only nearly symmetric (1e-3), and a quarter cheaper.
+            alone is only nearly symmetric (1e-3), and saves half of the blur.
         count: read the number of lattice points on the host; by default on a CPU alone.
 
     Raises:
