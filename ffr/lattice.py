@@ -28,7 +28,8 @@ class PermutohedralLattice:
 
     Args:
         features: ``(N, d)``, d from 1 to 6, finite, divided by the standard deviation of each column; position and
-            colour of an image come from `image_features`. Below float32 they are computed in float32.
+            colour of an image come from `image_features`. Below float32 they are computed in float32. Or
+            ``(B, N, d)``: images that do not see each other, which spares a GPU most of the launches.
         normalize: divide by the square root of the filtered ones on both sides.
         exact_adjoint: blur in both orders of the axes and average, so that ``u . G v = v . G u`` to rounding. One order
             alone is only nearly symmetric (1e-3), and saves half of the blur.
@@ -48,7 +49,7 @@ class PermutohedralLattice:
     Reference: Adams, Baek and Davis, Eurographics 2010; normalised as in Krähenbühl and Koltun, NeurIPS 2011.
     """
 
-    index: Tensor  # (N, d + 1) int32, the lattice points of the simplex of every point
+    index: Tensor  # (N, d + 1) int32, the lattice points of the simplex of every point, image after image
     weight: Tensor  # (N, d + 1), what the point reads from each, all factors included
     _spread_index: Tensor  # (N (d + 1),) int32, who spreads to a lattice point, one lattice point after the other
     _spread_weight: Tensor  # (N (d + 1),)
@@ -60,17 +61,18 @@ class PermutohedralLattice:
         self, features: Tensor, *, normalize: bool = True, exact_adjoint: bool = False, count: bool | None = None
     ) -> None:
         owner = "PermutohedralLattice"
-        dimensions = _check.bind(owner, features=(features, "N d"))["d"]
+        self._points = "B N" if getattr(features, "ndim", 2) == 3 else "N"
+        self._sizes = _check.bind(owner, features=(features, f"{self._points} d"))
         _check.floating(owner, features=features)
-        _check.within(owner, at_least=1, at_most=6, d=dimensions)
-        _check.within(owner, at_least=1, N=features.shape[0])
+        _check.within(owner, at_least=1, at_most=6, d=self._sizes.pop("d"))
+        _check.within(owner, at_least=1, N=self._sizes["N"], B=self._sizes.get("B", 1))
         self.exact_adjoint = exact_adjoint
         with torch.no_grad(), _check.no_autocast(features):
-            columns = features.to(torch.promote_types(features.dtype, torch.float32)).t().contiguous()
-            self._build(columns, features.device.type == "cpu" if count is None else count)
+            columns = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(0, -2).t().contiguous()
+            self._build(columns, self._sizes["N"], features.device.type == "cpu" if count is None else count)
             if normalize:
                 ones = torch.ones_like(self.weight[:, :1])
-                scale = torch.rsqrt(self(ones) + 1e-20)
+                scale = torch.rsqrt(weighted_rows(self.index, self.blurred(ones), self.weight) + 1e-20)
                 self.weight = self.weight * scale
                 self._spread_weight = self._spread_weight * scale[:, 0].index_select(0, self._spread_index)
 
@@ -80,11 +82,15 @@ class PermutohedralLattice:
         return self._offsets.shape[0]
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Filter ``(N, C)``, in the dtype of `values`; computed in that of the lattice. Carries no gradient."""
-        _check.bind("PermutohedralLattice", sizes={"N": self.index.shape[0]}, values=(values, "N C"))
+        """Filter ``(N, C)``, or ``(B, N, C)`` of as many images, without gradient.
+
+        The result has the dtype of `values`; computed in that of the lattice.
+        """
+        _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, f"{self._points} C"))
         _check.floating("PermutohedralLattice", values=values)
         with torch.no_grad(), _check.no_autocast(values):
-            return weighted_rows(self.index, self.blurred(values), self.weight).to(values.dtype)
+            rows = weighted_rows(self.index, self.blurred(values.flatten(0, -2)), self.weight)
+            return rows.reshape(values.shape).to(values.dtype)
 
     def blurred(self, values: Tensor) -> Tensor:
         """Values ``(N, C)`` on the blurred lattice, ``(points, C)``; ``index`` and ``weight`` read them back."""
@@ -108,8 +114,8 @@ class PermutohedralLattice:
             torch.arange(len(values), dtype=first.dtype, device=first.device), values, first, mode="sum"
         )
 
-    def _build(self, columns: Tensor, count: bool) -> None:
-        """Find the simplex of every point, number the corners, and note who neighbours whom."""
+    def _build(self, columns: Tensor, each: int, count: bool) -> None:
+        """Find the simplex of every point, number the corners, note who neighbours whom; `each` points are an image."""
         d = columns.shape[0]
         corners, device = d + 1, columns.device
         floor, rank, self.weight = _simplices(columns)
@@ -121,8 +127,9 @@ class PermutohedralLattice:
         # make what passes 64 bits a hash instead of a clash.
         low, high = floor.amin(1), floor.amax(1)
         radix = ((high - low + 4) * corners) | 1
-        digit = torch.cat([radix.new_ones(1), radix.cumprod(0)])[:d]
-        base = torch.zeros_like(floor[0])
+        digit = torch.cat([radix.new_ones(1), radix.cumprod(0)])
+        base = torch.arange(columns.shape[1], device=device).div_(each, rounding_mode="trunc") * digit[d]  # the image
+        digit = digit[:d]
         order = torch.zeros_like(floor[0])
         for k in range(d):
             base += (floor[k] - low[k] + 2) * (digit[k] * corners)
@@ -134,8 +141,7 @@ class PermutohedralLattice:
         base, rank = base.index_select(0, first), rank.index_select(1, first)
         keys = torch.stack([base + r * digit.sum() for r in range(corners)], 1)
         for r in range(1, corners):
-            for k in range(d):
-                keys[:, r] -= (rank[k] > d - r) * (digit[k] * corners)
+            keys[:, r] -= ((rank > d - r) * (digit * corners)[:, None]).sum(0)
         pairs, receiver, names, _, _ = _distinct(keys.flatten(), count)
         corner = torch.empty_like(pairs).scatter_(0, pairs, receiver).int()
         self.index = corner.reshape(keys.shape).index_select(0, member)

@@ -178,6 +178,16 @@ def test_on_a_pretended_gpu_nothing_stays_behind_and_the_host_reads_nothing():
         assert lattice(torch.empty(40, 3, device="cuda")).device.type == "cuda"
 
 
+@given(seeds, dimensions, st.booleans(), st.booleans(), st.booleans())
+def test_images_of_a_batch_do_not_see_each_other(seed, d, normalize, exact, count):
+    """Two of them hold the same points."""
+    f, values = normal(3 * 20, d, seed=seed).reshape(3, 20, d), normal(3 * 20, 2, seed=seed + 1).reshape(3, 20, 2)
+    f[1] = f[0]
+    how = {"normalize": normalize, "exact_adjoint": exact, "count": count}
+    wanted = torch.stack([PermutohedralLattice(one, **how)(own) for one, own in zip(f, values, strict=True)])
+    assert_close(PermutohedralLattice(f, **how)(values), wanted)
+
+
 @given(seeds, dimensions)
 def test_it_is_linear_and_filters_every_column_alone(seed, d):
     lattice = PermutohedralLattice(normal(30, d, seed=seed))
@@ -332,6 +342,8 @@ def test_on_a_gpu_it_is_the_same_without_a_wait(d):
         (torch.zeros(4, 7), ValueError, r"`d` in \[1, 6\], got 7"),
         (torch.zeros(4, 0), ValueError, r"`d` in \[1, 6\], got 0"),
         (torch.zeros(0, 2), ValueError, r"`N` in \[1, inf\], got 0"),
+        (torch.zeros(0, 3, 2), ValueError, r"`B` in \[1, inf\], got 0"),
+        (torch.zeros(2, 3, 4, 2), ValueError, r"`features` of shape \(N, d\), got \(2, 3, 4, 2\)"),
         (torch.zeros(4, 2, dtype=torch.uint8), TypeError, r"`features` of a floating dtype"),
     ],
 )
