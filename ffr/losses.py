@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ffr import _check
 from ffr.lattice import PermutohedralLattice
 
-IMAGES = 4  # whose lattices are built at once: more launch less, and need more memory
+IMAGES = {"cpu": 1, "cuda": 4}  # whose lattices are built at once: more launch less, and need more memory
 AllReduce = Callable[[Tensor], Tensor]
 
 
@@ -384,8 +384,9 @@ class DenseEnergyLoss(nn.Module):
 def _gaussian_filter(features: Tensor, values: Tensor, exact_adjoint: bool) -> Tensor:
     """Filter ``(B, N, C)`` by the lattices of ``(B, N, d)``; one operator, whose lattice no graph has to trace."""
     filtered = torch.empty_like(values, memory_format=torch.contiguous_format)
-    for begin in range(0, len(values), IMAGES):
-        some = slice(begin, begin + IMAGES)
+    together = IMAGES.get(values.device.type, 1)
+    for begin in range(0, len(values), together):
+        some = slice(begin, begin + together)
         lattice = PermutohedralLattice(features[some], normalize=False, exact_adjoint=exact_adjoint)
         filtered[some] = lattice(values[some])
     return filtered

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import ffr
+from ffr import losses
 from ffr.lattice import PermutohedralLattice, image_features
 from ffr.losses import dense_energy_loss
 
@@ -101,6 +102,21 @@ def test_it_falls_where_alike_pixels_agree_and_labels_are_all_alike_to_it(exact,
     assert_close(dense_energy_loss(logits[:, order], exact_gradient=exact, **turned), value.detach())
     twice = {**settings, "weight": 2 * settings["weight"]}
     assert_close(dense_energy_loss(logits, exact_gradient=exact, **twice), 2 * value.detach())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("together", [2, 3, 5])
+def test_several_lattices_at_once_are_those_of_each_image(monkeypatch, together, exact):
+    """As on a GPU, whose last lattices may be fewer."""
+    parts = [torch.cat([x, x.flip(-1), x.flip(-2)])[:5] for x in batch()]
+    logits, label, images, roi = parts
+    settings = {"images": images, "roi": roi, "weight": 1.0, "scale": 1.0, "exact_gradient": exact}
+    logits = logits.clone().requires_grad_()
+    wanted = dense_energy_loss(logits, label, **settings)
+    slope = torch.autograd.grad(wanted, logits)[0]
+    monkeypatch.setitem(losses.IMAGES, "cpu", together)
+    assert_close(dense_energy_loss(logits, label, **settings), wanted)
+    assert_close(torch.autograd.grad(dense_energy_loss(logits, label, **settings), logits)[0], slope)
 
 
 def test_the_approximation_is_twice_the_gated_filter_and_another_gradient():
