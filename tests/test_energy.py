@@ -114,9 +114,15 @@ def test_several_lattices_at_once_are_those_of_each_image(monkeypatch, together,
     logits = logits.clone().requires_grad_()
     wanted = dense_energy_loss(logits, label, **settings)
     slope = torch.autograd.grad(wanted, logits)[0]
-    monkeypatch.setitem(losses.IMAGES, "cpu", together)
-    assert_close(dense_energy_loss(logits, label, **settings), wanted)
-    assert_close(torch.autograd.grad(dense_energy_loss(logits, label, **settings), logits)[0], slope)
+    numbers = label[0].numel() * 6 * logits.shape[1] * (2 if exact else 1)
+    monkeypatch.setitem(losses.ROOM, "cpu", together * numbers + 1)
+    built = []
+    lattice = losses.PermutohedralLattice
+    monkeypatch.setattr(losses, "PermutohedralLattice", lambda f, **how: built.append(len(f)) or lattice(f, **how))
+    energy = dense_energy_loss(logits, label, **settings)
+    assert_close(energy, wanted)
+    assert_close(torch.autograd.grad(energy, logits)[0], slope)
+    assert built == {2: [2, 2, 1], 3: [3, 2], 5: [5]}[together]
 
 
 def test_the_approximation_is_twice_the_gated_filter_and_another_gradient():
