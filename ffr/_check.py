@@ -186,7 +186,7 @@ def tokens(
             remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
             if tensor.shape[1] == height * width:  # another axis is wrong, and the shapes say which
                 remedy = ""
-            elif 0 <= (prefix := tensor.shape[0] - height * width) <= 8:
+            elif 0 <= (prefix := tensor.shape[0] - height * width) <= 8 < abs(tensor.shape[1] - height * width):
                 remedy = "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1)"
                 remedy += f", without {prefix} prefix token(s)" if prefix else ""
             bound = bind(owner, sizes={**known, "N": height * width}, remedy=remedy, **{name: (tensor, "B N D")})

@@ -160,9 +160,9 @@ def multi_scale_cam(
     summed in float32 at least, also under autocast: steps of bfloat16 are 0.4 % of a score.
 
     Args:
-        fn: images ``(b, 3, h, w)`` -> raw maps ``(b, K, ., .)``, or a tuple of such maps. It sees an image and its
+        fn: x ``(b, 3, h, w)`` -> raw maps ``(b, K, ., .)``, or a tuple of such maps. It sees an image and its
             mirror in one batch, at every scale. Maps are taken to cover the image: where an encoder pads it to whole
-            patches, return ``to_image(maps, images.shape[2:], p)``. Maps that need a gradient themselves, such as
+            patches, return ``to_image(maps, x.shape[2:], p)``. Maps that need a gradient themselves, such as
             Grad-CAM, are computed ``with torch.enable_grad():``.
         images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
         scales: factors of the image side, each > 0.

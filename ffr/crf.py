@@ -26,7 +26,7 @@ class DenseCRF(nn.Module):
 
     with a Gaussian kernel :math:`k^\text{g}` on position and a bilateral one :math:`k^\text{b}` on position and colour,
     each symmetrically normalised, and Potts compatibility. Labels are those of the customary compiled implementation,
-    but for 3 in 1.3 million at most when last measured, for it makes the same approximation of the kernels.
+    which makes the same approximation of the kernels, but for at most 3 in 1.3 million when last measured.
 
     The result carries no gradient. On a CPU give each image one thread: see `crf_files` for a folder.
 

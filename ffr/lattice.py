@@ -61,8 +61,9 @@ class PermutohedralLattice:
         self, features: Tensor, *, normalize: bool = True, exact_adjoint: bool = False, count: bool | None = None
     ) -> None:
         owner = "PermutohedralLattice"
-        self._points = "B N" if getattr(features, "ndim", 2) == 3 else "N"
-        self._sizes = _check.bind(owner, features=(features, f"{self._points} d"))
+        self._axes_of_points = "B N" if getattr(features, "ndim", 2) == 3 else "N"
+        remedy = "Or (B, N, d), for images that do not see each other"
+        self._sizes = _check.bind(owner, remedy=remedy, features=(features, f"{self._axes_of_points} d"))
         _check.floating(owner, features=features)
         _check.within(owner, at_least=1, at_most=6, d=self._sizes.pop("d"))
         _check.within(owner, at_least=1, N=self._sizes["N"], B=self._sizes.get("B", 1))
@@ -86,7 +87,7 @@ class PermutohedralLattice:
 
         The result has the dtype of `values`; computed in that of the lattice.
         """
-        _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, f"{self._points} C"))
+        _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, f"{self._axes_of_points} C"))
         _check.floating("PermutohedralLattice", values=values)
         with torch.no_grad(), _check.no_autocast(values):
             rows = weighted_rows(self.index, self.blurred(values.flatten(0, -2)), self.weight)
@@ -178,7 +179,7 @@ class PermutohedralLattice:
         received = torch.zeros_like(own).scatter_add_(0, receiver, length)
         self._offsets = (received.cumsum(0) - received).int()
         self._runs = None
-        if not count:  # a GPU gives every sum a thread of its own, and would wait for the longest
+        if device.type != "cpu" or not count:  # a GPU gives every sum a thread of its own, and waits for the longest
             begin = torch.cat([self._offsets, torch.arange(0, room, RUN, dtype=torch.int32, device=device)]).sort()[0]
             # Before its own begin lie those of the points before it, and the multiples of RUN below.
             first = own + (self._offsets + (RUN - 1)).div(RUN, rounding_mode="trunc")

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from ffr import _check
 from ffr.lattice import PermutohedralLattice
 
-# Numbers that the lattices of several images may hold to be built at once, which spares a GPU launches: 256 MiB.
+# Numbers that the lattices of images which are built at once may hold; more of them launch less. At the peak there are
+# about four copies: 1 GiB.
 ROOM = {"cpu": 0, "cuda": 2**26}
 AllReduce = Callable[[Tensor], Tensor]
 

@@ -225,6 +225,12 @@ def test_maps_and_tokens_may_meet_in_one_call():
             "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1).",
         ),
         (
+            (32, 25, 64),  # 32 images of 24 tokens and one of prefix
+            (4, 6),
+            "of shape (B, N=24, D), got (32, 25, 64). "
+            "`grid` is 4 x 6 = 24 tokens: drop prefix tokens, or correct `grid`.",
+        ),
+        (
             (197, 2, 768),
             (14, 14),
             "of shape (B, N=196, D), got (197, 2, 768). "
