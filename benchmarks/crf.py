@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ffr import lattice
 from ffr.crf import DenseCRF
 
 try:
@@ -102,21 +101,21 @@ def opponent(image: Tensor, probs: Tensor, gaussian: Any, bilateral: Any, iterat
 
 
 def anew(crf: DenseCRF, image: Tensor, probs: Tensor) -> Tensor:
-    """As for an image of a size not seen lately: the lattice of the positions is built too."""
-    lattice._cached_position_lattice.cache_clear()
+    """As for an image of a size not seen lately: a width that no call had before has no lattice of positions yet."""
+    crf.gaussian_sxy *= 1 + 1e-12  # the positions are the same numbers in float32
     result: Tensor = crf(image, probs)
     return result
 
 
 def compare(arguments: Arguments, pictures: dict[str, Tensor], gaussian: Any, bilateral: Any) -> dict[str, Any]:
     """Agreement and speed for one setting of the parameters; each opponent by its name."""
-    ours = DenseCRF(*gaussian, *bilateral, arguments.iterations)
+    ours, other = (DenseCRF(*gaussian, *bilateral, arguments.iterations) for _ in range(2))
     found: dict[str, dict[str, Any]] = {}
     moved = pixels = 0
     for seed, (name, image) in enumerate(pictures.items()):
         probs = probabilities(arguments, seed)
         there = image.to(arguments.device), probs.to(arguments.device)
-        functions = {"ffr": partial(ours, *there), "anew": partial(anew, ours, *there)}
+        functions = {"ffr": partial(ours, *there), "anew": partial(anew, other, *there)}
         if densecrf is not None:
             functions["pydensecrf2"] = partial(opponent, image, probs, gaussian, bilateral, arguments.iterations)
         if arguments.device != "cpu":

@@ -116,7 +116,7 @@ def within(
 
 
 def positive(owner: str, /, **values: float) -> None:
-    """Refuse numbers that are no standard deviation."""
+    """Refuse numbers that are not above 0, or infinite."""
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{owner}: expected `{name}` > 0, got {value!r}.")

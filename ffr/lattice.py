@@ -29,7 +29,7 @@ class PermutohedralLattice:
     Args:
         features: ``(N, d)``, d from 1 to 6, finite, divided by the standard deviation of each column; position and
             colour of an image come from `image_features`. Below float32 they are computed in float32. Or
-            ``(B, N, d)``: images that do not see each other, which spares a GPU most of the launches.
+            ``(B, N, d)``: images that do not see each other, which spares a GPU launches.
         normalize: divide by the square root of the filtered ones on both sides.
         exact_adjoint: blur in both orders of the axes and average, so that ``u . G v = v . G u`` to rounding. One order
             alone is only nearly symmetric (1e-3), and saves half of the blur.
@@ -61,9 +61,9 @@ class PermutohedralLattice:
         self, features: Tensor, *, normalize: bool = True, exact_adjoint: bool = False, count: bool | None = None
     ) -> None:
         owner = "PermutohedralLattice"
-        self._axes_of_points = "B N" if getattr(features, "ndim", 2) == 3 else "N"
+        pattern = "B N d" if getattr(features, "ndim", 2) == 3 else "N d"
         remedy = "Or (B, N, d), for images that do not see each other"
-        self._sizes = _check.bind(owner, remedy=remedy, features=(features, f"{self._axes_of_points} d"))
+        self._sizes = _check.bind(owner, remedy=remedy, features=(features, pattern))
         _check.floating(owner, features=features)
         _check.within(owner, at_least=1, at_most=6, d=self._sizes.pop("d"))
         _check.within(owner, at_least=1, N=self._sizes["N"], B=self._sizes.get("B", 1))
@@ -87,7 +87,7 @@ class PermutohedralLattice:
 
         The result has the dtype of `values`; computed in that of the lattice.
         """
-        _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, f"{self._axes_of_points} C"))
+        _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, " ".join([*self._sizes, "C"])))
         _check.floating("PermutohedralLattice", values=values)
         with torch.no_grad(), _check.no_autocast(values):
             rows = weighted_rows(self.index, self.blurred(values.flatten(0, -2)), self.weight)
@@ -131,9 +131,10 @@ class PermutohedralLattice:
         digit = torch.cat([radix.new_ones(1), radix.cumprod(0)])
         base = torch.arange(columns.shape[1], device=device).div_(each, rounding_mode="trunc") * digit[d]  # the image
         digit = digit[:d]
+        stride = digit * corners
         order = torch.zeros_like(floor[0])
         for k in range(d):
-            base += (floor[k] - low[k] + 2) * (digit[k] * corners)
+            base += (floor[k] - low[k] + 2) * stride[k]
             order += rank[k].long() * corners**k
         # Many points share a simplex: name those once, then their corners.
         points, simplex, _, begin, size = _distinct(base * (corners**d | 1) + order, count)
@@ -142,7 +143,7 @@ class PermutohedralLattice:
         base, rank = base.index_select(0, first), rank.index_select(1, first)
         keys = torch.stack([base + r * digit.sum() for r in range(corners)], 1)
         for r in range(1, corners):
-            keys[:, r] -= ((rank > d - r) * (digit * corners)[:, None]).sum(0)
+            keys[:, r] -= ((rank > d - r) * stride[:, None]).sum(0)
         pairs, receiver, names, _, _ = _distinct(keys.flatten(), count)
         corner = torch.empty_like(pairs).scatter_(0, pairs, receiver).int()
         self.index = corner.reshape(keys.shape).index_select(0, member)

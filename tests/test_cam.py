@@ -96,22 +96,6 @@ def test_the_prefix_that_the_remedy_names_works():
     assert tokens_to_map(torch.zeros(1, 26, 2), grid=(3, 7), prefix=5).shape == (1, 2, 3, 7)
 
 
-def test_maps_that_need_a_gradient_themselves_serve_many_scales():
-    """Grad-CAM: the weights of the maps are gradients of the scores."""
-    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
-
-    def grad_cam(pixels):
-        with torch.enable_grad():
-            features = F.avg_pool2d(pixels, 8).requires_grad_()
-            scores = torch.einsum("kd,bdhw->bk", weight, features)
-            slopes = [torch.autograd.grad(score.sum(), features, retain_graph=True)[0] for score in scores.T]
-        return torch.stack([(slope * features.detach()).sum(1) for slope in slopes], 1)
-
-    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
-    wanted = multi_scale_cam(lambda pixels: torch.einsum("kd,bdhw->bkhw", weight, F.avg_pool2d(pixels, 8)), images)
-    assert_close(multi_scale_cam(grad_cam, images), wanted)
-
-
 def test_maps_are_no_tokens():
     with pytest.raises(ValueError, match=r"tokens_to_map: expected `tokens` of shape \(B, T, D\), got \(2, 8, 7, 7\)"):
         tokens_to_map(torch.zeros(2, 8, 7, 7))
@@ -467,6 +451,22 @@ def test_the_network_keeps_the_autocast_of_its_caller_and_trains_after_it(dtype)
 
 def test_an_image_of_one_pixel_has_a_flat_cam():
     assert_close(multi_scale_cam(lambda x: x, torch.rand(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1), rtol=0, atol=0)
+
+
+def test_maps_that_need_a_gradient_themselves_serve_many_scales():
+    """Grad-CAM: the weights of the maps are gradients of the scores."""
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+
+    def grad_cam(pixels):
+        with torch.enable_grad():
+            features = F.avg_pool2d(pixels, 8).requires_grad_()
+            scores = torch.einsum("kd,bdhw->bk", weight, features)
+            slopes = [torch.autograd.grad(score.sum(), features, retain_graph=True)[0] for score in scores.T]
+        return torch.stack([(slope * features.detach()).sum(1) for slope in slopes], 1)
+
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    wanted = multi_scale_cam(lambda pixels: torch.einsum("kd,bdhw->bkhw", weight, F.avg_pool2d(pixels, 8)), images)
+    assert_close(multi_scale_cam(grad_cam, images), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
