@@ -195,7 +195,7 @@ class Run:
             about = {"config": config.to_json(), "versions": versions(), "ranks": self.accelerator.num_processes}
             self.log.write(done, "run", {**about, "device": self._device(), "classes": self.classes, **self.same})
         bar, report = progress(self.console, "train", config.steps, quiet=not self.main)
-        since, seen = time.perf_counter(), done
+        since, seen, waited = time.perf_counter(), done, self.trainer.waited
         with interruptible() as signals, bar:
             try:
                 if self.owed:  # the run was cut off in the validation of its newest checkpoint
@@ -205,7 +205,8 @@ class Run:
                     if values is not None:
                         now = time.perf_counter()
                         rate = (done - seen) * config.batch_size / (now - since)
-                        since, seen = now, done
+                        values["waiting"] = (self.trainer.waited - waited) / (now - since)
+                        since, seen, waited = now, done, self.trainer.waited
                         report(done, {name: value for name, value in values.items() if name != "lr"})
                         if self.log is not None:
                             self.log.write(done, "train", {**values, "images_per_second": rate})
@@ -217,7 +218,7 @@ class Run:
                         self.save(done)
                     if self.owed and (last or not stop):
                         self.validate(done)
-                        since, seen = time.perf_counter(), done
+                        since, seen, waited = time.perf_counter(), done, self.trainer.waited
                     if stop and not last:
                         self.say(
                             f"interrupted after step {done}, which is saved; the same command with --resume goes on."

@@ -1,5 +1,6 @@
 """The dense energy: its value by all pairs of lattice filters, its gradient with the gate held, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -159,6 +160,35 @@ def test_with_an_open_gate_both_gradients_agree():
         for e in (True, False)
     )
     assert (one - other).norm() < 0.1 * one.norm()  # one order of the axes is not symmetric
+
+
+@pytest.mark.slow
+def test_on_a_photograph_it_is_the_energy_of_the_compiled_lattice():
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    data = pytest.importorskip("skimage.data")
+    picture = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None].float()
+    images = F.interpolate(picture, size=(112, 140), mode="area").round().to(torch.uint8)
+    logits = 3 * F.interpolate(normal(1, 3, 7, 9), size=(112, 140), mode="bilinear").float()
+    label = torch.where(normal(1, 112, 140, seed=2) > 0.5, 255, 1)
+    pixels = np.ascontiguousarray(images[0].permute(1, 2, 0).numpy())
+
+    def filtered(values):
+        # A mean field step adds `weight` times the filtered beliefs to the scores; of two labels the difference shows.
+        field, weight = 0.9 * values.double(), 4 / values.numel()
+        oracle = densecrf.DenseCRF2D(140, 112, 2)
+        scores = torch.stack([field.atanh(), -field.atanh()])
+        oracle.setUnaryEnergy(np.ascontiguousarray(-scores.numpy(), dtype=np.float32))
+        raw = {"kernel": densecrf.DIAG_KERNEL, "normalization": densecrf.NO_NORMALIZATION}
+        oracle.addPairwiseBilateral(sxy=100, srgb=15, rgbim=pixels, compat=weight, **raw)
+        beliefs = torch.from_numpy(np.array(oracle.inference(1))).double()
+        return ((beliefs[0] / beliefs[1]).log() - (scores[0] - scores[1])) / (0.9 * weight)
+
+    p = logits[0].softmax(0).flatten(1)
+    gate = torch.where(label.flatten() == 255, 1, 1 - p.amax(0))
+    wanted = -sum((gate * row * filtered(row)).sum() for row in p)
+    ours = dense_energy_loss(logits, label, images=images, weight=1.0, scale=1.0, exact_gradient=False)
+    assert wanted < -1e5  # in lattice units, a fixed share of the sum over all pairs
+    assert_close(ours.double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_half_resolution_halves_sigma_too():

@@ -22,9 +22,9 @@ import timm
 import torch
 import train
 from PIL import Image
-from recipe import checkpoint
+from recipe import checkpoint, engine
 from recipe.config import PRESETS, SCENES, VOC, Config
-from recipe.data import Item, TrainImages, read_split, write_split
+from recipe.data import Item, SceneImages, TrainImages, read_split, write_split
 from recipe.engine import Trainer
 from recipe.network import build_model
 from recipe.scenes import CLASSES, make_scenes
@@ -186,6 +186,32 @@ def test_a_run_leaves_weights_checkpoints_and_logs(whole):
     assert about["config"]["steps"] == 8 and about["ranks"] == 1 and "torch" in about["versions"]
 
 
+def test_the_log_says_how_fast_it_went_and_which_part_of_the_time_it_waited_for_images(monkeypatch, tmp_path):
+    clock, image, move, score = [0.0], SceneImages.__getitem__, torch.optim.AdamW.step, train.evaluate
+
+    def loaded(self, n):
+        clock[0] += 0.25
+        return image(self, n)
+
+    def moved(self, *args, **how):
+        clock[0] += 3
+        return move(self, *args, **how)
+
+    def scored(*args, **how):
+        clock[0] += 100
+        return score(*args, **how)
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    monkeypatch.setattr(SceneImages, "__getitem__", loaded)
+    monkeypatch.setattr(torch.optim.AdamW, "step", moved)
+    for module in (train, engine):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert run(monkeypatch, out=tmp_path / "run", log_every=2, val_every=4) == 0
+    rates = {line["step"]: (line["waiting"], line["images_per_second"]) for line in logged(tmp_path / "run")}
+    # A step loads four images in 1 s and computes for 3 s; the validation after step 4 is no training.
+    assert rates == dict.fromkeys((1, 3, 5, 7, 8), (0.25, 1))
+
+
 def test_the_learning_rate_of_each_step_is_logged(whole):
     rates = [line["lr"] for line in logged(whole)]
     assert rates[0] == pytest.approx(2e-9)
@@ -276,7 +302,7 @@ def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
     assert run(monkeypatch, out=out, resume=True) == 0
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
     assert same_weights(out / "best.safetensors", whole / "best.safetensors")
-    terms = [[{**line, "images_per_second": 0} for line in logged(each)] for each in (out, whole)]
+    terms = [[{**line, "images_per_second": 0, "waiting": 0} for line in logged(each)] for each in (out, whole)]
     assert terms[0] == terms[1]
     assert [line["step"] for line in logged(out, "run")] == [0, at]
 

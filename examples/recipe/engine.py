@@ -1,5 +1,6 @@
 """What every training run needs: optimiser, schedule, the loop."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -104,6 +105,7 @@ class Trainer:
             self.wrapped = accelerator.prepare_model(self.objective)
         adamw = optimizer(self.model, config.lr, weight_decay=config.weight_decay, head_scale=config.head_scale)
         self.optimizer = accelerator.prepare_optimizer(adamw)
+        self.waited = 0.0  # seconds in which the loop had no images to work on
         self._values = torch.zeros(len(Terms._fields), device=accelerator.device)  # of the last step
         self._first_bad = torch.full((len(Terms._fields),), NEVER, device=accelerator.device)
 
@@ -137,7 +139,9 @@ class Trainer:
                 rate = learning_rate(step, config.steps, config.warmup, config.lr, power=config.power)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group["scale"]
+                began = time.perf_counter()
                 images, labels = next(batches)
+                self.waited += time.perf_counter() - began
                 share = len(images) // config.accumulate
                 values = torch.zeros(len(Terms._fields), device=device)
                 for part, (x, y) in enumerate(zip(images.split(share), labels.split(share), strict=True)):
