@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import train
+from accelerate.state import AcceleratorState
 from PIL import Image
 from recipe import checkpoint, engine
 from recipe.config import PRESETS, SCENES, VOC, Config
@@ -592,6 +593,50 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(monkeypatch, capsys,
     for path in checkpoint.checkpoints(tmp_path):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["model"].values())
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-00000003.pt"]
+
+
+@pytest.fixture
+def fp16_from(monkeypatch):
+    """A function of the first scale. On a CPU fp16 is refused as too slow; its autocast and its scaler work there."""
+    place = train.place
+
+    def start(scale):
+        def placed(config):
+            AcceleratorState._reset_state()
+            accelerator = place(replace(config, precision="fp32"))
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+            return accelerator
+
+        monkeypatch.setattr(train, "place", placed)
+
+    yield start
+    AcceleratorState._reset_state()
+
+
+def test_fp16_with_its_scaler_trains_and_goes_on_where_it_was(fp16_from, monkeypatch, tmp_path):
+    fp16_from(65536.0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(monkeypatch, out=whole, precision="fp16", clip=1.0) == 0
+    scales = [line["loss_scale"] for line in logged(whole)]  # as they were when the step began
+    assert scales == [65536.0] * 3 + [131072.0] * 3 + [262144.0] * 2
+    shutil.copytree(whole, parts)
+    for late in ("checkpoint-00000008.pt", "last.safetensors", "best.safetensors"):
+        (parts / late).unlink()
+    assert run(monkeypatch, out=parts, precision="fp16", clip=1.0, resume=True) == 0
+    assert [line["loss_scale"] for line in logged(parts)] == scales
+    assert same_weights(parts / "last.safetensors", whole / "last.safetensors")
+
+
+def test_a_step_of_fp16_that_overflows_moves_no_weight_and_halves_the_scale(fp16_from, monkeypatch, tmp_path):
+    fp16_from(2.0**100)
+    assert run(monkeypatch, out=tmp_path / "run", precision="fp16", steps=2, warmup=0, save_every=1, seg_start=0) == 0
+    assert [line["loss_scale"] for line in logged(tmp_path / "run")] == [2.0**100, 2.0**99]
+    first, last = (torch.load(path, weights_only=True) for path in sorted(checkpoint.checkpoints(tmp_path / "run")))
+    assert (first["step"], last["step"]) == (1, 2)
+    moments = last["optimizer"]["state"]  # of every parameter; batch norm has moved on
+    assert not any(moment["exp_avg"].any() for moment in moments.values())
+    assert all(torch.equal(first["model"][name], last["model"][name]) for name in moments)
 
 
 def test_fp16_whose_gradients_are_finite_at_no_scale_stops_the_run(monkeypatch, capsys, tmp_path):
