@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from ffr import FFR, DenseCRF, timm_encoder
-from ffr.cam import to_image
+from ffr.cam import scaled_size, to_image
 
 SCALES = (1.0, 1.25, 1.5)
 
@@ -56,7 +56,7 @@ class Arguments:
 
 def sizes(arguments: Arguments) -> list[int]:
     """Sides of the image at the scales."""
-    return [round(arguments.crop * scale) for scale in SCALES]
+    return [scaled_size((arguments.crop, arguments.crop), scale)[0] for scale in SCALES]
 
 
 def single(network: Callable[[Tensor], Tensor], images: Tensor, patch: int) -> Tensor:

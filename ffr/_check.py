@@ -106,10 +106,12 @@ def within(
 ) -> None:
     """Refuse numbers outside [at_least, at_most], NaN included, and what is no number; for `whole`, no integer."""
     for name, value in values.items():
-        if not _number(value, whole):
+        if isinstance(value, Tensor) or not _number(value, whole):
             wanted = "an integer" if whole else "a number"
+            if isinstance(value, Tensor):
+                remedy = remedy or "A tensor of one value is read by .item(); for a value an image, call image by image"
             raise TypeError(f"{owner}: expected `{name}` to be {wanted}, got {value!r}.{_sentence(remedy)}")
-        if isinstance(value, Tensor) or not at_least <= value <= at_most:
+        if not at_least <= value <= at_most:
             raise ValueError(
                 f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
             )

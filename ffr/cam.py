@@ -165,7 +165,7 @@ def multi_scale_cam(
             patches, return ``to_image(maps, x.shape[2:], p)``. Maps that need a gradient themselves, such as
             Grad-CAM, are computed ``with torch.enable_grad():``.
         images: ``(B, 3, H, W)``, uint8 or float in [0, 1].
-        scales: factors of the image side, each > 0.
+        scales: factors of the image side, each > 0; see `scaled_size`.
         flip: also look at the mirrored image.
         labels: multi-hot ``(B, K)``; left out, every class counts as present.
         max_present: an upper bound of the classes present in one image, known on the host. Maps of absent
@@ -215,7 +215,7 @@ def multi_scale_cam(
         if labels is not None and max_present is not None:
             ids, _ = present_classes(labels, max_present)
         for scale in scales:
-            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            size = scaled_size((height, width), scale)
             scaled = pixels
             if size != (height, width):
                 scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
@@ -248,6 +248,12 @@ def multi_scale_cam(
     return cams[0] if single else cams  # type: ignore[return-value]
 
 
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width at a scale, rounded down as in the lineage, at least 1."""
+    height, width = (max(1, int(side * scale + 1e-6)) for side in size)  # 0.29 * 100 is just below 29
+    return height, width
+
+
 def whole_patches(maps: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Maps of an image, ``(B, C, H, W)``, with their border repeated up to what the token grid covers."""
     extra = (0, grid[1] * patch_size - maps.shape[3], 0, grid[0] * patch_size - maps.shape[2])
@@ -273,6 +279,7 @@ def _finish(total: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
 def cam_to_label(
     cam: Tensor,
     *,
+    labels: Tensor | None = None,
     background: float | None = None,
     high: float | None = None,
     low: float | None = None,
@@ -281,7 +288,9 @@ def cam_to_label(
     """Threshold normalised CAMs to a label map: 0 background, 1..K classes.
 
     Args:
-        cam: ``(B, K, H, W)`` in [0, 1], zero for absent classes.
+        cam: ``(B, K, H, W)`` in [0, 1], zero for absent classes unless `labels` are given.
+        labels: multi-hot ``(B, K)``: absent classes are left out. Needed where every class was normalised, for the
+            peak of an absent one is as high as that of a present one.
         background: one threshold; at or below it a pixel is background.
         high: with `low`, a pair: above `high` the class, at or below `low` background, `ignore_index` between.
         low: see `high`; ``low <= high``.
@@ -291,7 +300,8 @@ def cam_to_label(
         int64 ``(B, H, W)``. Ties between classes go to the lowest index.
 
     Raises:
-        ValueError: unless either `background`, or `high` and `low`, are given and lie in [0, 1].
+        ValueError: unless either `background`, or `high` and `low`, are given and lie in [0, 1]; if a shape does not
+            fit.
         TypeError: if `cam` is not floating.
 
     Example:
@@ -315,6 +325,9 @@ def cam_to_label(
             f"{owner}: expected either `background`, or `high` and `low`, got background={background}, "
             f"high={high}, low={low}."
         )
+    if labels is not None:
+        _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
+        cam = torch.where((labels > 0.5)[:, :, None, None], cam, 0)
     score, index = cam.max(1)
     label = torch.where(score > high, index + 1, ignore_index)
     return torch.where(score > low, label, 0)

@@ -248,8 +248,8 @@ def dense_energy_loss(
     Args:
         logits: ``(B, K + 1, h, w)``; up-sampled bilinearly (``align_corners=False``) to the label.
         label: integer ``(B, H, W)``; only `ignore_index` matters.
-        images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1], not normalised. Values are not looked at: with floats
-            in 0..255 the energy is much too small, without an error.
+        images: ``(B, 3, H, W)``, RGB, uint8 or float in [0, 1], not normalised. Values are not looked at: with
+            normalised images, or floats in 0..255, the energy is much too small, without an error.
         roi: ``(B, H, W)`` in [0, 1] or bool, what of the images is no padding; left out, all.
         weight: factor, >= 0.
         sigma_rgb: standard deviation of the colour, on the scale 0..255.

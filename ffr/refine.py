@@ -68,7 +68,9 @@ class PixelAdaptiveRefinement(nn.Module):
             ``(B, C, H, W)`` in the dtype of `scores`.
         """
         owner = "PixelAdaptiveRefinement"
-        _check.bind(owner, images=(images, "B 3 H W"), scores=(scores, "B C H W"))
+        remedy = "Resize the scores to the images first; the lineage's module does it with align_corners=True"
+        sizes = _check.bind(owner, images=(images, "B 3 H W"))
+        _check.bind(owner, sizes=sizes, remedy=remedy, scores=(scores, "B C H W"))
         _check.pixels(owner, images=images)
         _check.floating(owner, scores=scores)
         with _check.no_autocast(scores):
@@ -193,8 +195,9 @@ def refine_label(
         low: background score that background must beat, in [0, `high`].
         refinement: called as ``refinement(images, scores)``, such as `PixelAdaptiveRefinement`; None refines nothing.
         downscale: the refinement works at ``H // downscale``.
-        max_present: an upper bound of the classes present in one image, known on the host; absent classes then
-            cost nothing.
+        max_present: an upper bound of the classes present in one image, known on the host, such as
+            ``int(labels.sum(1).max())`` of labels on the CPU. Absent classes then cost nothing; without it every one
+            of the K is refined.
         ignore_index: label of the undecided pixels.
 
     Returns:

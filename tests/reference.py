@@ -1,5 +1,6 @@
 """Slow second opinions: the same maths in NumPy float64, by loops and by FFT, sharing no code with the library."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -147,7 +148,7 @@ def multi_scale_cam(
         size = images.shape[2:]
         total = np.zeros((1, labels.shape[1], *size))
         for scale in scales:
-            image = resized(images[b : b + 1], (round(size[0] * scale), round(size[1] * scale)))
+            image = resized(images[b : b + 1], tuple(max(1, math.floor(side * scale)) for side in size))
             look = resized(fn(image), size)
             if flip:
                 look = np.maximum(look, resized(fn(image[..., ::-1]), size)[..., ::-1])

@@ -80,7 +80,7 @@ def test_the_benchmark_of_the_step_shares_it_out_over_its_parts(tmp_path, monkey
     parts = {row["part"]: row for row in record["rows"] if "part" in row}
     assert [row["form"] for row in forms] == ["fp32, eager", "bf16, eager"]
     assert forms[0]["times_faster_than_fp32"]["median"] == 1
-    assert all(0 < row["utilisation_percent"]["median"] < 100 and row["peak_bytes"] > 0 for row in forms)
+    assert all(row["utilisation_percent"]["median"] > 0 and row["peak_bytes"] > 0 for row in forms)
     without_backward = {name for name, row in parts.items() if row["backward_percent"] is None}
     assert without_backward == {
         *("multi-scale CAM, final", "multi-scale CAM, intermediate", "pseudo label, final"),

@@ -20,6 +20,7 @@ from ffr.cam import (
     normalize_cam,
     present_classes,
     put_classes,
+    scaled_size,
     take_classes,
     to_float,
     to_image,
@@ -516,6 +517,15 @@ def test_maps_that_the_network_gives_in_another_form_are_refused():
             multi_scale_cam(lambda x, result=result: result, torch.rand(2, 3, 8, 8))
 
 
+def test_a_scale_rounds_the_sides_down_and_leaves_a_pixel():
+    assert scaled_size((425, 640), 1.25) == (531, 800)
+    assert scaled_size((375, 500), 0.5) == (187, 250)
+    assert scaled_size((100, 1), 0.29) == (29, 1)  # 28.999999999999996 in floating point
+    seen = []
+    multi_scale_cam(lambda x: seen.append(tuple(x.shape[2:])) or x[:, :1], torch.rand(1, 3, 9, 15), scales=(0.5, 1.5))
+    assert seen == [(4, 7), (13, 22)]
+
+
 # Label maps -------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +542,15 @@ def test_a_threshold_itself_belongs_to_the_lower_side():
     cam = torch.tensor([[[[0.0, 0.25, 0.251, 0.75, 0.751, 1.0]]]])
     assert cam_to_label(cam, high=0.75, low=0.25).tolist() == [[[0, 0, 255, 255, 1, 1]]]
     assert cam_to_label(cam, background=0.75).tolist() == [[[0, 0, 0, 0, 1, 1]]]
+
+
+@given(seeds, st.sampled_from([torch.bool, torch.uint8, torch.float32]))
+def test_with_labels_an_absent_class_is_no_candidate_however_high_its_peak(seed, dtype):
+    cam = normalize_cam(noise(seed, 2, 4, 6, 6))  # every class, as hosts do: each peak is 1
+    labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]]).to(dtype)
+    label = cam_to_label(cam, labels=labels, high=0.7, low=0.25)
+    assert_close(label, cam_to_label(cam * labels.to(cam.dtype)[:, :, None, None], high=0.7, low=0.25))
+    assert not torch.equal(label, cam_to_label(cam, high=0.7, low=0.25)) and label[1].eq(0).all()
 
 
 def test_equal_classes_go_to_the_first():
@@ -563,6 +582,10 @@ def test_an_image_without_any_activation_is_background_at_every_threshold():
         ({"high": 0.5, "low": 0.6}, "cam_to_label: expected `low` in [0, 0.5], got 0.6."),
         ({"high": 0.5, "low": -0.1}, "cam_to_label: expected `low` in [0, 0.5], got -0.1."),
         ({"high": float("nan"), "low": 0.1}, "cam_to_label: expected `high` in [0, 1], got nan."),
+        (
+            {"background": 0.5, "labels": torch.ones(1, 2)},
+            "cam_to_label: expected `labels` of shape (B=1, K=3), got (1, 2).",
+        ),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(settings, message):

@@ -121,10 +121,18 @@ def test_the_ends_of_a_range_belong_to_it(value):
     _check.within("f", at_most=0.5, mu=value)
 
 
-@pytest.mark.parametrize("value", [-1e-9, 0.51, float("nan"), float("inf"), torch.tensor(0.3)])
+@pytest.mark.parametrize("value", [-1e-9, 0.51, float("nan"), float("inf")])
 def test_a_number_out_of_range_is_refused_with_the_remedy(value):
     with refused(ValueError, f"f: expected `mu` in [0, 0.5], got {value!r}. 0.5 is Nyquist."):
         _check.within("f", at_most=0.5, remedy="0.5 is Nyquist", mu=value)
+
+
+def test_a_tensor_is_no_number_even_within_the_range():
+    said = r"^f: expected `mu` to be a number, got tensor\(0\.3000\)\. A tensor of one value is read by \.item\(\)"
+    with pytest.raises(TypeError, match=said):
+        _check.within("f", at_most=0.5, mu=torch.tensor(0.3))
+    with pytest.raises(TypeError, match=r"^f: expected `n` to be an integer, got tensor\(3\)"):
+        _check.within("f", whole=True, n=torch.tensor(3))
 
 
 def test_a_range_without_an_end_says_so():

@@ -1,6 +1,7 @@
 """Evaluation: the network at several scales, scores over a data set, and evaluate.py."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -124,7 +125,7 @@ def by_hand(model, dataset, protocol):
         size = image.shape[1:]
         seg, cams, logits = [], {"cam": 0, "cam_inter": 0}, {"cam": [], "cam_inter": []}
         for scale in protocol.scales:
-            side = [max(1, round(float(length) * scale)) for length in size]
+            side = [max(1, math.floor(float(length) * scale)) for length in size]
             pixels = F.interpolate(image[None] / 255, size=side, mode="bilinear", align_corners=False)
             pair = []
             for mirrored in (False, True)[: 1 + protocol.flip]:

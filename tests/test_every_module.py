@@ -376,7 +376,9 @@ def public(module):
 
 
 # Of one another, inside the package: small steps of what is on the sheet.
-INNER = {"to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm", "whole_patches"}
+INNER = {
+    "to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm", "whole_patches", "scaled_size",
+}  # fmt: skip
 
 
 def uncovered(cases):

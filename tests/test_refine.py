@@ -191,7 +191,7 @@ def test_settings_out_of_range_are_refused(settings, message):
     [
         ((1, 4, 8, 8), (1, 2, 8, 8), "PixelAdaptiveRefinement: expected `images` of shape (B, 3, H, W), got (1, 4"),
         ((3, 8, 8), (1, 2, 8, 8), "PixelAdaptiveRefinement: expected `images` of shape (B, 3, H, W), got (3, 8, 8)"),
-        ((1, 3, 8, 8), (1, 2, 4, 4), "expected `scores` of shape (B=1, C, H=8, W=8), got (1, 2, 4, 4)"),
+        ((1, 3, 8, 8), (1, 2, 4, 4), "expected `scores` of shape (B=1, C, H=8, W=8), got (1, 2, 4, 4). Resize the sc"),
         ((1, 3, 8, 8), (2, 2, 8, 8), "expected `scores` of shape (B=1, C, H=8, W=8), got (2, 2, 8, 8)"),
     ],
 )  # fmt: skip

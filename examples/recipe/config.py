@@ -37,7 +37,7 @@ class Config:
     flip: float = 0.5
     """how often a training image is mirrored"""
     jitter: float = 0.5
-    """how often its colours change. There is no blur: it would remove the high band"""
+    """how often its colours change. There is no blur: it would weaken the high band"""
     scenes: tuple[int, int] = (5000, 200)
     """how many embedded scenes to train on, and to score on"""
     workers: int = 4

@@ -253,7 +253,7 @@ class TrainImages(Dataset[tuple[Tensor, Tensor]]):
     of their own. Pass the numbers of `samples` to a DataLoader as its batch sampler; n has no upper bound.
 
     The augmentation: random resized crop, flip, and colour jitter for a part `jitter` of the samples. No blur: it
-    would remove the high band. Labels are the whole image's, whatever the crop shows, as everywhere in the field.
+    would weaken the high band. Labels are the whole image's, whatever the crop shows, as everywhere in the field.
     """
 
     def __init__(
@@ -344,7 +344,7 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     """As `TrainImages`, of embedded scenes in memory: float in [0, 1], (3, size, size), and labels.
 
     Step s of the global batch is drawn as a whole from (seed, s); sample n is number n % batch_size of its step.
-    Flip, shift and colour only, for the scenes are small. No blur: it would remove the high band.
+    Flip, shift and colour only, for the scenes are small. No blur: it would weaken the high band.
     """
 
     def __init__(self, scenes: Scenes, batch_size: int, seed: int) -> None:

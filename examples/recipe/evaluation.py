@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ffr import FFR, DenseCRF
-from ffr.cam import normalize_cam, present_classes, put_classes, take_classes, to_float, to_image
+from ffr.cam import normalize_cam, present_classes, put_classes, scaled_size, take_classes, to_float, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
 from recipe.data import EvalImages, Example, SceneExamples, loading
 from recipe.prepare import start_worker
@@ -93,7 +93,7 @@ def look(model: FFR, images: Tensor, scales: Mapping[float, bool], precision: st
     height, width = images.shape[2:]
     with computing(images.device, precision):
         for scale, flip in scales.items():
-            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            size = scaled_size((height, width), scale)
             scaled = pixels
             if size != (height, width):
                 scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
