@@ -377,7 +377,8 @@ def public(module):
 
 # Of one another, inside the package: small steps of what is on the sheet.
 INNER = {
-    "to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm", "whole_patches", "scaled_size",
+    "to_float", "present_classes", "take_classes", "put_classes", "cosines", "inverse_norm", "whole_patches",
+    "scaled_size",
 }  # fmt: skip
 
 
