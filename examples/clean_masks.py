@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     sys.exit(f"clean_masks needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
-from recipe.files import written
+from recipe.files import open_folder, written
 from recipe.progress import Screen
 from recipe.scenes import CLASSES, Scenes, make_scenes
 from torch import Tensor
@@ -176,7 +176,7 @@ def main() -> int:
         settings = tyro.cli(Settings, description=__doc__)
         settings.check()
         torch.set_num_threads(settings.threads)
-        settings.out.mkdir(parents=True, exist_ok=True)
+        open_folder(settings.out)
         rows, shown, scenes = run(settings, console)
         table = Table(title=f"Masks coarsened to {settings.grid} x {settings.grid}, then refined: mIoU in percent")
         table.add_column("step")

@@ -29,7 +29,7 @@ from recipe.config import PRESETS, Config, on_cpu
 from recipe.data import SceneExamples, SceneImages
 from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, evaluate
-from recipe.files import written
+from recipe.files import open_folder, written
 from recipe.picture import save_picture, steps_of
 from recipe.progress import Screen, progress
 from recipe.scenes import CLASSES, Scenes, make_scenes
@@ -87,9 +87,6 @@ class Settings:
             raise ValueError(f"--seed: expected 0 or more, got {self.seed}.")
         if self.size % 4 or not 64 <= self.size <= 448:
             raise ValueError(f"--size: expected a multiple of 4 in [64, 448], got {self.size}.")
-        for path in (self.out, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
         on_cpu(self.device, "fp32")
 
 
@@ -164,7 +161,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, float | None]]) -> Table:
     """The result, one row a model."""
-    result = Table(title="Test scenes, image-level labels alone (percent, higher is better)")
+    result = Table(title="Test scenes, image-level labels alone (scores in percent, higher is better)")
     result.add_column("", no_wrap=True)
     for head in COLUMNS.values():
         result.add_column(head, justify="right")
@@ -192,8 +189,6 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
     )
     picture, figures = settings.out / "quickstart.png", settings.out / "quickstart.json"
     title = f"FFR on test scenes after {settings.steps} steps from image-level labels alone, one row per class"
-    with written(picture) as path:
-        save_picture(path, images, masks, labels, shown, CLASSES, mu=model.frequency.mu, title=title)
     record = {
         "rows": result["rows"],
         "measured": NOTES,
@@ -210,6 +205,8 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
     }
     with written(figures) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with written(picture) as path:
+        save_picture(path, images, masks, labels, shown, CLASSES, mu=model.frequency.mu, title=title)
     return [picture, figures]
 
 
@@ -219,7 +216,7 @@ def main() -> int:
     try:
         settings = tyro.cli(Settings, description=__doc__)
         settings.check()
-        settings.out.mkdir(parents=True, exist_ok=True)
+        open_folder(settings.out)
         result = run(settings, console)
         for path in save(settings, result):
             console.print(f"wrote {path}", soft_wrap=True)

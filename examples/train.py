@@ -7,8 +7,8 @@
     python examples/train.py voc --data data/voc --out runs/voc --resume
 
 Writes to --out: log.jsonl and tensorboard/ (terms, rates, validation), checkpoint-*.pt (the newest two), and the
-weights last.safetensors and best.safetensors (by segmentation mIoU on --val-split), which evaluate.py, predict.py and
-visualize.py read. The preset's name comes first; every field of recipe/config.py is a flag.
+weights last.safetensors and best.safetensors (by segmentation mIoU on --val-split, from --seg-start on), which
+evaluate.py, predict.py and visualize.py read. The preset's name comes first; every field of recipe/config.py is a flag.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,7 +38,7 @@ from recipe.config import PRESETS, Config, on_cpu
 from recipe.data import evaluation_data, training_data
 from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, computing, evaluate
-from recipe.files import alone, written
+from recipe.files import alone, open_folder, written
 from recipe.progress import Screen, progress
 from recipe.weights import save_weights, versions
 
@@ -81,7 +80,7 @@ class Log:
         except OSError as error:  # of a full disk, which names no file
             raise OSError(error.errno, error.strerror or str(error), self.file.name) from error
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if kind != "run" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
@@ -105,22 +104,13 @@ def place(config: Config) -> Accelerator:
 @contextlib.contextmanager
 def claim(out: Path, resume: bool) -> Iterator[None]:
     """Make the folder of the run and hold it, or refuse one that holds another run, finished or not."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
     if not resume and (checkpoints(out) or any((out / name).exists() for name in WEIGHTS)):
         raise ValueError(f"--out: {out} holds a run. Add --resume to go on with it, or name another folder.")
-    with contextlib.ExitStack() as held:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone(out))
-            for part in out.iterdir():
-                if re.fullmatch(PARTS, part.name):
-                    part.unlink()
-            with tempfile.TemporaryFile(dir=out):
-                pass
-        except OSError as error:
-            said = error.strerror or error
-            raise ValueError(f"--out: cannot write to {out} ({said}). Name another folder.") from error
+    open_folder(out)
+    with alone(out):
+        for part in out.iterdir():
+            if re.fullmatch(PARTS, part.name):
+                part.unlink()
         yield
 
 
@@ -173,6 +163,7 @@ class Run:
             self.resume()
         else:
             self.trainer = Trainer(config, self.samples, len(self.classes), accelerator)
+        self.over = self.start == config.steps and not self.owed
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; of another run, it is refused before a network is built."""
@@ -185,11 +176,17 @@ class Run:
         if content["scored"] == self.scored:  # else the best so far is of other images
             self.best = content["best"]
         self.owed = content["owed"] and self.examples is not None
-        self.say(f"going on from step {self.start}")
+        if self.start < config.steps or self.owed:
+            self.say(f"going on from step {self.start}")
 
     def train(self) -> int:
         """All steps; 0, or the exit code of what stopped them."""
         config, done = self.config, self.start
+        if self.over:
+            self.say(f"the run in {config.out} is at its end, step {done}: nothing is left to do")
+            return 0
+        for line in never_reached(config):
+            self.say(line)
         if self.main:
             self.log = Log(config.out, self.start, owed=self.owed)
             about = {"config": config.to_json(), "versions": versions(), "ranks": self.accelerator.num_processes}
@@ -256,7 +253,8 @@ class Run:
             limit=config.val_images,
             workers=config.workers,
         )
-        reached = -1.0 if scores["seg_miou"] is None else scores["seg_miou"]  # None: every mask is broken
+        learnt = config.w_seg > 0 and done > config.seg_start  # else the head is as random as it began
+        reached = scores["seg_miou"] if learnt and scores["seg_miou"] is not None else -1.0  # None: no mask is whole
         better = reached > self.best
         self.best = max(self.best, reached)
         weights = self.trainer.weights() if better else {}
@@ -267,13 +265,13 @@ class Run:
                 path = config.out / "best.safetensors"
                 save_weights(path, weights, config, self.classes, step=done, scores=scores)
         figures = {
-            "segmentation mIoU": scores["seg_miou"], "CAM": scores["cam_miou"],
-            "intermediate CAM": scores["cam_inter_miou"], "mAP": scores["classification_map"],
+            "segmentation mIoU": scores["seg_miou"] if learnt else None, "CAM mIoU": scores["cam_miou"],
+            "intermediate CAM mIoU": scores["cam_inter_miou"], "mAP": scores["classification_map"],
         }  # fmt: skip
         said = ", ".join(f"{name} {value:.1f}" for name, value in figures.items() if value is not None)
         self.say(
             f"step {done}: {scores['images']['segmentation']} images of {config.val_split}, single scale, CAM with "
-            f"known labels at threshold {config.cam_threshold}: {said}"
+            f"known labels at threshold {config.cam_threshold}, in percent: {said}"
         )
         self.owed = False
         self.save(done)
@@ -351,6 +349,21 @@ class Run:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def never_reached(config: Config) -> list[str]:
+    """What these settings leave out for good, where that is rarely meant: most often --steps alone was lowered."""
+    said, steps = [], config.steps
+    if config.seg_start >= steps and max(config.w_seg, config.lambda_l, config.w_reg) > 0:
+        said.append(
+            f"--seg-start {config.seg_start} is not reached in --steps {steps}: the segmentation head stays as random "
+            "as it begins, and there is no rectification and no energy. Lower it."
+        )
+    if config.affinity_start >= steps and config.w_aff > 0:
+        said.append(f"--affinity-start {config.affinity_start} is not reached in --steps {steps}. Lower it.")
+    if config.warmup >= steps:
+        said.append(f"--warmup {config.warmup} is not over in --steps {steps}: --lr is never reached. Lower it.")
+    return said
+
+
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
@@ -368,8 +381,8 @@ def main() -> int:
             run = Run(config, accelerator, console)
             code = run.train()
             accelerator.end_training()
-        if code == 0:
-            best = f", best.safetensors ({run.best:.1f})" if run.best >= 0 else ""
+        if code == 0 and not run.over:
+            best = f", best.safetensors (segmentation mIoU {run.best:.1f} %)" if run.best >= 0 else ""
             run.say(f"wrote last.safetensors{best} and {LOG} in {config.out}")
         return code
     except (ValueError, OSError, RuntimeError) as error:

@@ -10,7 +10,7 @@ import quickstart
 import torch
 from PIL import Image
 from quickstart import Settings, configure
-from recipe import engine
+from recipe import engine, files
 from recipe.data import SceneExamples, SceneImages
 from recipe.evaluation import Protocol, evaluate
 from recipe.files import written
@@ -208,6 +208,17 @@ def test_unusable_options_are_refused_by_name(arguments, message, monkeypatch, c
     assert not (tmp_path / "new").exists()
 
 
+def test_an_output_folder_without_room_is_refused_before_the_training(monkeypatch, capsys, tmp_path):
+    def full(**how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(quickstart, "run", None)
+    assert run_main(monkeypatch, "--out", tmp_path) == 2
+    wanted = f"quickstart: --out: cannot write to {tmp_path} (No space left on device). Name another folder."
+    assert wanted in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("below", ["", "folder", "folder/of/folders"])
 def test_a_file_as_output_folder_is_refused(below, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -235,7 +246,9 @@ def test_an_interruption_leaves_no_half_written_file(where, small, monkeypatch, 
     monkeypatch.setattr(quickstart, where, interrupted)
     assert run_main(monkeypatch, "--steps", 4, "--out", small.out) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert list(small.out.iterdir()) == []
+    kept = list(small.out.iterdir())
+    assert kept == ([small.out / "quickstart.json"] if where == "save_picture" else [])
+    assert all(json.loads(path.read_text())["rows"] for path in kept)
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -213,6 +213,29 @@ def test_the_log_says_how_fast_it_went_and_which_part_of_the_time_it_waited_for_
     assert rates == dict.fromkeys((1, 3, 5, 7, 8), (0.25, 1))
 
 
+def test_a_run_too_short_for_its_schedule_says_what_it_leaves_out_and_calls_no_random_head_its_best(
+    monkeypatch, capsys, tmp_path
+):
+    out = tmp_path / "run"
+    assert run(monkeypatch, out=out, steps=4, val_every=2, seg_start=4, affinity_start=9, warmup=5) == 0
+    said = capsys.readouterr().out
+    assert "--seg-start 4 is not reached in --steps 4: the segmentation head stays as random as it begins" in said
+    assert "--affinity-start 9 is not reached in --steps 4. Lower it." in said
+    assert "--warmup 5 is not over in --steps 4: --lr is never reached. Lower it." in said
+    assert "in percent: CAM mIoU" in said and "segmentation mIoU" not in said
+    assert not (out / "best.safetensors").exists() and (out / "last.safetensors").exists()
+    assert train.never_reached(Config(steps=4, w_seg=0, lambda_l=0, w_reg=0, w_aff=0, warmup=3)) == []
+
+
+def test_a_run_at_its_end_has_nothing_left_to_do(whole, monkeypatch, capsys, tmp_path):
+    shutil.copytree(whole, out := tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(monkeypatch, out=out, resume=True) == 0
+    said = capsys.readouterr().out
+    assert f"the run in {out} is at its end, step 8: nothing is left to do" in said and "wrote" not in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_the_learning_rate_of_each_step_is_logged(whole):
     rates = [line["lr"] for line in logged(whole)]
     assert rates[0] == pytest.approx(2e-9)

@@ -33,6 +33,19 @@ def written(path: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def open_folder(out: Path) -> None:
+    """Make the folder of --out, or refuse it before any work, for a file in its place or for want of permission."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
+
+
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """All files below a folder, sorted, hidden ones left out; a dead link is a file, which cannot be read.
 

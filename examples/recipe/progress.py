@@ -32,7 +32,7 @@ def progress(
     marks = {max(1, steps * tenth // 10) for tenth in range(1, 11)}
 
     def report(step: int, values: dict[str, float]) -> None:
-        terms = " ".join(f"{key} {value:.2f}" for key, value in values.items() if value)
+        terms = " ".join(f"{key} {value:#.3g}" for key, value in values.items() if value)
         speed = bar.tasks[0].speed
         bar.update(task, completed=step, rate=f"{speed:.1f} steps/s" if speed else "", terms=terms)
         reached = {mark for mark in marks if mark <= step}
