@@ -3,8 +3,10 @@
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from os import PathLike
 
 import numpy as np
@@ -254,12 +256,25 @@ def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None)
     # A forked process would inherit the threads of this one, and may hang in them.
     context = multiprocessing.get_context("spawn")
     workers = min(workers or os.cpu_count() or 1, len(paths))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         try:
             for done in as_completed([pool.submit(_refine_file, crf, *job) for job in paths]):
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """What a process of a pool does first: keep to one thread, and end with its parent, however that is killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # the queue would never end, for every worker holds both its ends
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _refine_file(crf: DenseCRF, image: str, scores: str, result: str) -> str:

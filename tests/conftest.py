@@ -1,9 +1,10 @@
 """What holds for every test: one thread, and hypothesis without a clock."""
 
 import os
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,26 @@ def held_by_another():
             other.kill()
 
     return hold
+
+
+@pytest.fixture
+def outlived(tmp_path):
+    """Whether any process that a script started is there ten seconds after it was killed at its first line."""
+
+    def outlived(code, *words):
+        (tmp_path / "script.py").write_text(code)
+        roots = os.pathsep.join(str(Path(__file__).parents[1] / folder) for folder in (".", "examples"))
+        command, paths = [sys.executable, tmp_path / "script.py", *words], os.environ | {"PYTHONPATH": roots}
+        with subprocess.Popen(command, env=paths, stdout=subprocess.PIPE, start_new_session=True) as script:
+            try:
+                assert script.stdout.readline() == b"working\n"
+                script.kill()
+                script.communicate(timeout=10)  # reads until nobody holds the other end
+                return False
+            except subprocess.TimeoutExpired:
+                return True
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(script.pid, signal.SIGKILL)
+
+    return outlived

@@ -298,6 +298,23 @@ def test_a_result_is_whole_or_not_there_and_errors_name_the_file(tmp_path):
         assert written.mode == "L"
 
 
+POOL = """
+import sys, time
+from ffr.crf import DenseCRF, crf_files
+if __name__ == "__main__":
+    for path in crf_files(DenseCRF(iterations=1), [sys.argv[1:]], workers=1):
+        print("working", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_the_processes_of_a_killed_script_end_with_it(tmp_path, outlived):
+    image, probs = scene()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", probs.numpy())
+    assert not outlived(POOL, tmp_path / "a.png", tmp_path / "a.npy", tmp_path / "label.png")
+
+
 def test_a_missing_file_is_the_error_of_the_iteration(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(crf_files(DenseCRF(), [(tmp_path / "none.png", tmp_path / "none.npy", tmp_path / "out.png")], workers=0))

@@ -331,6 +331,23 @@ def test_the_crf_is_the_same_in_other_processes():
         assert np.array_equal(refine(image, probs).result(), expected.numpy())
 
 
+REFINING = """
+import time
+import torch
+from recipe.evaluation import refining
+if __name__ == "__main__":
+    with refining(1) as refine:
+        refine(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(2, 8, 8)).result()
+        print("working", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_the_crf_of_a_killed_script_ends_with_it(outlived):
+    assert not outlived(REFINING)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

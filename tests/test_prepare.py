@@ -382,6 +382,23 @@ def test_a_failing_write_in_a_worker_ends_the_run(voc, monkeypatch, capsys):
     assert masks.read_text() == "a file where the folder was"
 
 
+WORK = """
+import time
+from recipe.prepare import work
+from rich.console import Console
+def task(number):
+    print("working", flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    work(task, range(2), workers=2, title="", console=Console())
+"""
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_script_end_with_it(outlived):
+    assert not outlived(WORK)
+
+
 # COCO -------------------------------------------------------------------------------------------------------------
 
 CATEGORIES = [(90, "toothbrush"), (1, "person"), (13, "stop sign")]  # 1, 13, 90 -> 1, 2, 3

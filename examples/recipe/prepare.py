@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 import tyro
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ffr import crf
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
 from recipe.files import write_text
@@ -221,7 +221,7 @@ def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
 def start_worker() -> None:
     """What a worker process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then cancels the rest
-    torch.set_num_threads(1)
+    crf.start_worker()
 
 
 # Report -----------------------------------------------------------------------------------------------------------
