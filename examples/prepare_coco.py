@@ -190,7 +190,7 @@ def run(settings: Settings, console: Console) -> int:
     values = {category: value for value, category in enumerate(categories, start=1)}
     used = {
         "images": str(root.resolve()),
-        "annotations": digest(*paths.values()),
+        "files": {f"{path.name} (--coco)": digest(path) for path in paths.values()},
         "crowd": settings.crowd,
         "keep_unlabelled": settings.keep_unlabelled,
     }

@@ -95,16 +95,20 @@ def same(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip().removeprefix("./"))
 
 
-def find_images(root: Path) -> tuple[dict[str, Path], Counter[str]]:
-    """Name -> file for all images below `root`, sorted, and how many other files there are of each suffix."""
+def below(root: Path, path: Path) -> str:
+    """The name of a file: its path below `root`, without its suffix."""
+    return str(PurePosixPath(path.relative_to(root).as_posix()).with_suffix(""))
+
+
+def find_images(root: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Name -> file for all images below `root`, sorted, and the other files."""
     found: dict[str, Path] = {}
-    others: Counter[str] = Counter()
+    others: list[Path] = []
     for path in files_below(root):
-        inner = PurePosixPath(path.relative_to(root).as_posix())
         if path.suffix.lower() not in SUFFIXES:
-            others[path.suffix.lower() or "no suffix"] += 1
+            others.append(path)
             continue
-        name = str(inner.with_suffix(""))
+        name = below(root, path)
         check_name("--images", name)
         if name in found:
             raise ValueError(f"--images: {found[name]} and {path} differ by their suffix alone. Rename one of them.")
@@ -195,16 +199,28 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
         refuse_several(rows, classes)
     if "" in classes or len(set(classes)) < len(classes):
         raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes))}.")
+    refuse_background(settings, (*(header or ()), *(label for row in rows for label in row.labels)))
     names, labels = lookup(images), {}
     for row in rows:
         if unknown := [label for label in row.labels if label not in classes]:
             raise ValueError(f"--labels: {row.where}: unknown class {unknown[0]!r}; known: {', '.join(classes)}.")
-        name = names.get(same(row.name), same(row.name))
+        name = find(row.name, names) or same(row.name)
         if name in labels:
             raise ValueError(f"--labels: {row.where}: {row.name!r} is listed a second time. Keep one row.")
         check_name(f"--labels: {row.where}", name)
         labels[name] = tuple(sorted({classes.index(label) for label in row.labels}))
     return tuple(classes), labels
+
+
+def refuse_background(settings: Settings, written: Sequence[str]) -> None:
+    """Refuse a class called background, which would stand beside label 0 of that name."""
+    source = f"--images: {settings.images}" if settings.labels is None else f"--labels: {settings.labels}"
+    for where, names in ((source, written), ("--classes", settings.classes)):
+        if found := [name for name in names if name.lower() == "background"]:
+            raise ValueError(
+                f"{where}: {found[0]!r} is label 0 and no class. Leave it out; in a file for --labels an image of "
+                "background alone has an empty label."
+            )
 
 
 def refuse_several(rows: Sequence[Row], classes: Sequence[str]) -> None:
@@ -220,16 +236,32 @@ def refuse_several(rows: Sequence[Row], classes: Sequence[str]) -> None:
 
 
 def lookup(images: dict[str, Path]) -> dict[str, str]:
-    """Every spelling under which an image may be listed -> its name."""
+    """How an image may be listed, with its suffix or without -> its name."""
     spellings = {same(f"{name}{path.suffix}"): name for name, path in images.items()}
     return spellings | {same(name): name for name in images}
+
+
+def find(listed: str, names: dict[str, str]) -> str | None:
+    """The image that is meant, perhaps by another image suffix than it has, or in another case; None if none is."""
+    inner = PurePosixPath(same(listed))
+    bare = inner.with_suffix("") if inner.suffix.lower() in SUFFIXES else inner
+    return names.get(str(inner), names.get(str(bare)))
+
+
+def unread(root: Path, others: Sequence[Path]) -> dict[str, str]:
+    """How a file that is no image for us may be listed -> why it is not read."""
+    why = {}
+    for path in others:
+        said = f"{path} is not read; convert it to PNG or JPEG"
+        why |= dict.fromkeys((same(below(root, path)), same(f"{below(root, path)}{path.suffix}")), said)
+    return why
 
 
 def relative(listed: Sequence[str], names: dict[str, str]) -> str:
     """What to write, where a list has the right files in other folders."""
     ends = {PurePosixPath(spelling).name: spelling for spelling in names}
     for name in listed:
-        if (meant := ends.get(PurePosixPath(same(name)).name)) is not None:
+        if (meant := find(PurePosixPath(same(name)).name, ends)) is not None:
             return f" Names are relative to --images: {meant!r}, not {name!r}."
     return ""
 
@@ -240,10 +272,10 @@ def read_names(path: Path, flag: str, names: dict[str, str]) -> list[str]:
         lines = [line for line in read_text(path).splitlines() if line.strip()]
         if not lines:
             raise ValueError("it lists no image")
-        if unknown := [line for line in lines if same(line) not in names]:
+        if unknown := [line for line in lines if find(line, names) is None]:
             hint = relative(lines, names) if len(unknown) == len(lines) else ""
             raise ValueError(f"there is no image {unknown[0]!r} with labels ({len(unknown)} such lines).{hint}")
-        chosen = [names[same(line)] for line in lines]
+        chosen = [find(line, names) for line in lines]
         if len(set(chosen)) < len(chosen):
             raise ValueError("it lists an image twice")
         return chosen
@@ -264,12 +296,11 @@ def divide(settings: Settings, images: dict[str, Path], labels: dict[str, tuple[
                 raise ValueError(f"--{split}-list: {name!r} is in {lists[owner[name]]}, too. Keep it in one list.")
             owner[name] = split
     rest = sorted(name for name in labelled if name not in owner)
-    if "train" in splits and "val" in splits:
-        return splits
     if "train" in splits or "val" in splits:
-        splits["val" if "train" in splits else "train"] = rest
-        return splits
-    return splits | dict(zip(SPLITS, draw(rest, settings.val_fraction, settings.seed), strict=False))
+        splits = {"train": rest, "val": rest} | splits
+    else:
+        splits["train"], splits["val"] = draw(rest, settings.val_fraction, settings.seed)
+    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def draw(names: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
@@ -313,35 +344,43 @@ def run(settings: Settings, console: Console) -> int:
     classes, labels = read_labels(settings, images)
     if settings.masks is not None and len(classes) > 254:
         raise ValueError(f"--masks: an indexed PNG holds 254 classes at most, got {len(classes)}. Leave the masks out.")
-    missing = [name for name in labels if name not in images]
+    why = unread(settings.images, others)
+    missing = {
+        name: why.get(name, f"{settings.labels} has labels for it, but there is no such image in {settings.images}")
+        for name in labels
+        if name not in images
+    }
     if len(missing) == len(labels):
+        first = next(iter(missing))
+        hint = f" {why[first]}." if first in why else relative([*missing], lookup(images))
         raise ValueError(
             f"--labels: none of the {len(labels):,} images in {settings.labels} is in {settings.images}; the first: "
-            f"{missing[0]!r}.{relative(missing, lookup(images))}"
+            f"{first!r}.{hint}"
         )
     splits = divide(settings, images, labels)
-    files = [path for path in (settings.labels, settings.train_list, settings.val_list, settings.test_list) if path]
+    flags = ("labels", "train_list", "val_list", "test_list")
+    files = {f"--{flag.replace('_', '-')}": path for flag in flags if (path := getattr(settings, flag))}
     drawn = settings.train_list is None and settings.val_list is None
     used = {
         "images": str(settings.images.resolve()),
         "masks": settings.masks and str(settings.masks.resolve()),
-        "classes": list(classes),
-        "files": digest(*files),
+        "classes": list(classes if settings.labels is None else settings.classes),  # else they follow from the files
+        "files": {f"{path.name} ({flag})": digest(path) for flag, path in files.items()},
         "split": f"{settings.val_fraction} drawn by seed {settings.seed}" if drawn else "lists",
     }
-    claim(settings.out, "prepare_folder", used, products=PRODUCTS, sources=files, overwrite=settings.overwrite)
+    claim(
+        settings.out, "prepare_folder", used, products=PRODUCTS, sources=[*files.values()], overwrite=settings.overwrite
+    )
+    beside = list(files_below(settings.masks)) if settings.masks else []
+    masks = {same(below(settings.masks, path)): path for path in beside if path.suffix.lower() == ".png"}
     tasks: dict[str, list[Task]] = {split: [] for split in splits}
     for split, names in splits.items():
         for name in names:
-            mask = settings.masks and settings.masks / f"{name}.png"
-            found = mask if mask and mask.is_file() else None
-            tasks[split].append(Task(name, images[name], found, labels.get(name), len(classes) + 1))
+            tasks[split].append(Task(name, images[name], masks.get(same(name)), labels.get(name), len(classes) + 1))
     everything = [task for each in tasks.values() for task in each]
     done = iter(work(make, everything, workers=settings.workers, title="images", console=console))
     summary, notes = Summary(settings.out, classes, console), []
-    summary.problems |= dict.fromkeys(
-        missing, f"{settings.labels} has labels for it, but there is no such image in {settings.images}"
-    )
+    summary.problems |= missing
     for split, each in tasks.items():
         summary.add(split, islice(done, len(each)))
         if settings.masks and (bare := sum(task.mask is None for task in each)):
@@ -350,11 +389,19 @@ def run(settings: Settings, console: Console) -> int:
     if left := [name for name in images if name not in labels and name not in listed]:
         more = ", ..." if len(left) > 8 else ""
         notes.append(f"{len(left):,} images have no labels and are in no split: {', '.join(left[:8])}{more}")
-    if others:
-        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in others.most_common(8))
-        more = ", ..." if len(others) > 8 else ""
+    used_masks = {task.mask for task in everything}
+    if unused := [str(path.relative_to(settings.masks)) for path in beside if path not in used_masks]:
+        more = ", ..." if len(unused) > 8 else ""
         notes.append(
-            f"{others.total():,} other files in {settings.images} are left alone ({kinds}{more}); read are "
+            f"{len(unused):,} files in {settings.masks} are the mask of no image in a split: {', '.join(unused[:8])}"
+            f"{more}. The mask of a/1.jpg is a/1.png."
+        )
+    if others:
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
+        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.most_common(8))
+        more = ", ..." if len(suffixes) > 8 else ""
+        notes.append(
+            f"{len(others):,} other files in {settings.images} are left alone ({kinds}{more}); read are "
             f"{' '.join(sorted(SUFFIXES))}."
         )
     return summary.finish("prepare_folder", used, notes)

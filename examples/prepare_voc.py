@@ -133,7 +133,8 @@ def run(settings: Settings, console: Console) -> int:
     splits = {"train": sorted({*train, *more} - set(val)), "voc_train": train, "val": val}
     if (lists / "test.txt").is_file():
         splits["test"] = read_list(lists / "test.txt", "--voc")
-    used = {"voc": str(voc.resolve()), "sbd": str(sbd.resolve()), "lists": digest(*sources)}
+    files = {f"{path.name} ({'--voc' if path.parent == lists else '--sbd'})": digest(path) for path in sources}
+    used = {"voc": str(voc.resolve()), "sbd": str(sbd.resolve()), "files": files}
     claim(
         settings.out, "prepare_voc", used, products=PRODUCTS, sources=[voc, sbd, *sources], overwrite=settings.overwrite
     )

@@ -246,7 +246,8 @@ def test_an_output_of_other_settings_is_refused(voc, monkeypatch, capsys):
     (voc["sbd"] / "dataset/val.txt").write_text("d\n")
     assert run(monkeypatch, prepare_voc, **voc) == 2
     assert re.search(
-        r"--out: .*out was prepared with other settings \(lists was \w+, now \w+\)", capsys.readouterr().err
+        r"--out: .*out was prepared with other settings or files \(the contents of val\.txt \(--sbd\) have changed\)\.",
+        capsys.readouterr().err,
     )
     assert state(voc["out"]) == before
     assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
@@ -513,9 +514,18 @@ def test_a_coco_run_is_completed_and_never_mixed(coco, monkeypatch, capsys):
     path.unlink()
     assert run(monkeypatch, prepare_coco, **coco) == 0 and path.read_bytes() == before
     assert run(monkeypatch, prepare_coco, **coco, crowd="ignore") == 2
-    assert "other settings (crowd was class, now ignore)" in capsys.readouterr().err
+    assert "other settings or files (crowd was class, now ignore)" in capsys.readouterr().err
     assert run(monkeypatch, prepare_coco, **coco, crowd="ignore", overwrite=True) == 0
     assert differing_pixels(coco["coco"], coco["out"], "train", crowd="ignore") == (0, 3)
+
+
+def test_annotations_that_have_changed_are_named(coco, monkeypatch, capsys):
+    run(monkeypatch, prepare_coco, **coco)
+    path = coco["coco"] / "annotations/instances_val2017.json"
+    path.write_text(path.read_text() + "\n")
+    assert run(monkeypatch, prepare_coco, **coco) == 2
+    said = capsys.readouterr().err
+    assert "files (the contents of instances_val2017.json (--coco) have changed). Name a new folder" in said
 
 
 def test_the_year_is_found_or_asked_for(coco, monkeypatch, capsys):
@@ -709,6 +719,68 @@ def test_labels_may_be_csv_or_json(table, mine, tmp_path, monkeypatch, capsys):
     assert ("train: no image shows ox." in one_line(capsys.readouterr().out)) == (table == "one-hot.csv")
 
 
+def test_labels_and_lists_that_have_changed_are_named(mine, tmp_path, monkeypatch, capsys):
+    tables = {"labels": tmp_path / "l.csv", "val_list": tmp_path / "v.txt"}
+    tables["labels"].write_text("name,labels\n" + "".join(f"{name},cat\n" for name in NAMES[1:]) + "a/one,rokcet\n")
+    tables["val_list"].write_text("b/5\n")
+    assert run(monkeypatch, prepare_folder, **mine, **tables) == 0
+    tables["labels"].write_text(tables["labels"].read_text().replace("rokcet", "rocket"))
+    other = tmp_path / "other.txt"
+    other.write_text("b/5\n")
+    for lists, why in (
+        ({}, "the contents of l.csv (--labels) have changed"),
+        ({"val_list": other}, "the contents of l.csv (--labels) have changed; other.txt (--val-list) is new; "
+         "v.txt (--val-list) is no longer used"),
+    ):  # fmt: skip
+        assert run(monkeypatch, prepare_folder, **mine, **tables | lists) == 2
+        assert f"other settings or files ({why}). Name a new folder" in capsys.readouterr().err
+    assert run(monkeypatch, prepare_folder, **mine, **tables, overwrite=True) == 0
+    assert read_split(mine["out"], "train").classes == ("cat", "rocket")
+
+
+def test_an_image_may_be_listed_by_another_suffix(mine, tmp_path, monkeypatch):
+    listed = ["a/one.JPG", "a/two words.v2.jpg", "b/sub/drei ü.jpg", "b/四.Jpeg", "b/5.jpeg"]
+    (tmp_path / "l.json").write_text(json.dumps({name: ["x"] for name in listed}))
+    (tmp_path / "val.txt").write_text("a/one.png\n")
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json", val_list=tmp_path / "val.txt") == 0
+    assert labels_by_name(mine["out"]) == {stem(name): {"x"} for name in NAMES}
+    assert [item.name for item in read_split(mine["out"], "val").items] == ["a/one"]
+
+
+@pytest.mark.parametrize("listed", ["a/anim.gif", "a/anim"])
+def test_an_image_of_a_kind_that_is_not_read_is_said_to_be_one(listed, mine, tmp_path, monkeypatch, capsys):
+    (mine["images"] / "a/anim.gif").write_bytes(b"GIF89a")
+    (tmp_path / "l.json").write_text(json.dumps({listed: ["x"]}))
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json") == 2
+    said = "anim.gif is not read; convert it to PNG or JPEG."
+    assert said in capsys.readouterr().err
+    (tmp_path / "l.json").write_text(json.dumps({listed: ["x"], "a/one": ["x"], "b/5": ["x"]}))
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json") == 1
+    assert re.search(rf"left out: {listed}: .*photos/a/{said[:-1]}", one_line(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "where"),
+    [
+        ("name,labels\na/one,Background\nb/5,cat\n", (), r"--labels: .*l\.csv: 'Background'"),
+        ("name,background,cat\na/one,0,1\n", (), r"--labels: .*l\.csv: 'background'"),
+        ("name,labels\na/one,cat\n", ("background", "cat"), "--classes: 'background'"),
+        (None, (), r"--images: .*photos: 'background'"),
+    ],
+)
+def test_background_is_no_class(labels, classes, where, mine, tmp_path, monkeypatch, capsys):
+    table = {}
+    if labels is None:
+        photo(mine["images"] / "background/1.jpg", 8, 8)
+    else:
+        table["labels"] = tmp_path / "l.csv"
+        table["labels"].write_text(labels)
+    assert run(monkeypatch, prepare_folder, **mine, **table, **({"classes": classes} if classes else {})) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"{where} is label 0 and no class\. .*an image of background alone has an empty label\.", said)
+    assert not mine["out"].exists()
+
+
 def test_any_number_of_classes(mine, tmp_path, monkeypatch):
     names = [f"class {i}" for i in range(1000)]
     (tmp_path / "l.json").write_text(json.dumps({name: names for name in NAMES}))
@@ -738,6 +810,21 @@ def test_masks_follow_the_names_and_the_order_of_the_classes(mine, tmp_path, mon
     assert "train: 1 of 2 images have no mask" in one_line(capsys.readouterr().out)
     report = json.loads((mine["out"] / "prepare.json").read_text())["report"]
     assert report["val"]["label_unseen"] == 1 and report["val"]["mask_unlabelled"] == 0
+
+
+def test_masks_may_end_in_capitals_and_those_that_fit_no_image_are_named(mine, tmp_path, monkeypatch, capsys):
+    label(tmp_path / "masks/a/one.PNG", np.ones((8, 12)))
+    label(tmp_path / "masks/five.png", np.ones((8, 12)))
+    photo(tmp_path / "masks/b/5.bmp", 8, 12)
+    assert run(monkeypatch, prepare_folder, **mine, masks=tmp_path / "masks", val_fraction=0) == 0
+    assert [item.name for item in read_split(mine["out"], "train").items if item.mask] == ["a/one"]
+    said = one_line(capsys.readouterr().out)
+    assert re.search(r"- 2 files in .*masks are the mask of no image in a split: b/5\.bmp, five\.png\. ", said)
+
+
+def test_the_report_of_a_folder_without_masks_has_no_row_about_them(mine, monkeypatch, capsys):
+    assert run(monkeypatch, prepare_folder, **mine) == 0
+    assert "mask" not in capsys.readouterr().out
 
 
 HURT_MASKS = {
@@ -896,6 +983,7 @@ def test_what_one_list_leaves_is_the_other_split(mine, tmp_path, monkeypatch):
     assert run(monkeypatch, prepare_folder, **mine, **lists) == 0
     names = {split: [item.name for item in read_split(mine["out"], split).items] for split in ("train", "val", "test")}
     assert names == {"train": ["a/two words.v2", "b/sub/drei ü", "b/四"], "val": ["a/one"], "test": ["b/5"]}
+    assert list(json.loads((mine["out"] / "prepare.json").read_text())["report"]) == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(

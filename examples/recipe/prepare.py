@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -92,11 +92,10 @@ def claim(
     full = out.is_dir() and any(out.iterdir())
     if full and not overwrite:
         if old is not None and old.get("script") == script:
-            before = old.get("settings") or {}
-            keys = sorted(key for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
-            why = "; ".join(f"{key} was {before.get(key)}, now {settings.get(key)}" for key in keys)
+            why = "; ".join(_changes(old.get("settings") or {}, settings))
             raise ValueError(
-                f"--out: {out} was prepared with other settings ({why}). Name a new folder, or add --overwrite."
+                f"--out: {out} was prepared with other settings or files ({why}). Name a new folder, or add "
+                "--overwrite."
             )
         raise ValueError(
             f"--out: {out} holds something else. Name a new folder; with --overwrite {', '.join(products)} in it "
@@ -119,6 +118,23 @@ def claim(
         raise ValueError(f"--out: cannot write to {out} ({error.strerror or error}). Name another folder.") from error
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs between two settings, in words; those under `files` are digests."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if key != "files" or not isinstance(old, dict):
+            if old != new:
+                yield f"{key} was {old}, now {new}"
+            continue
+        for file in sorted(old.keys() | new.keys()):
+            if file not in old:
+                yield f"{file} is new"
+            elif file not in new:
+                yield f"{file} is no longer used"
+            elif old[file] != new[file]:
+                yield f"the contents of {file} have changed"
+
+
 def _record(out: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
@@ -127,13 +143,12 @@ def _record(out: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def digest(*paths: Path) -> str:
-    """Sixteen digits that tell whether any of the files has changed."""
+def digest(path: Path) -> str:
+    """Sixteen digits that tell whether the file has changed."""
     total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                total.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
     return total.hexdigest()[:16]
 
 
@@ -245,6 +260,7 @@ class Summary:
         self.problems |= broken
         self.masks |= bare
         masked = [each for each in done if each.item is not None and each.item.mask is not None]
+        masks = bool(masked or bare)
         shown = [{value - 1 for value in each.values} - {-1, IGNORE - 1} for each in masked]
         labels = [None if each.item.labels is None else set(each.item.labels) for each in masked]
         pairs = [(mask, label) for mask, label in zip(shown, labels, strict=True) if label is not None]
@@ -252,11 +268,11 @@ class Summary:
         self.rows[split] = {
             "images": len(items),
             "official": official,
-            "masks_new": sum(not each.kept for each in masked),
-            "masks_kept": sum(each.kept for each in masked),
+            "masks_new": sum(not each.kept for each in masked) if masks else None,
+            "masks_kept": sum(each.kept for each in masked) if masks else None,
             "no_label": sum(item.labels == () for item in items),
-            "label_unseen": sum(bool(label - mask) for mask, label in pairs),
-            "mask_unlabelled": sum(bool(mask - label) for mask, label in pairs),
+            "label_unseen": sum(bool(label - mask) for mask, label in pairs) if masks else None,
+            "mask_unlabelled": sum(bool(mask - label) for mask, label in pairs) if masks else None,
             "mask_broken": len(bare) or None,
             "broken": len(broken),
             "images_per_class": {name: seen[k] for k, name in enumerate(self.classes)},
