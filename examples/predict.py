@@ -130,15 +130,7 @@ def find(inputs: Iterable[str], out: Path) -> dict[Path, Path]:
     """Every image -> the folder that its name counts from, both absolute. What lies below `out` is left alone."""
     found: dict[Path, Path] = {}
     for given in inputs:
-        root = Path(given)
-        if root.is_file():
-            matches, root = [root], root.parent
-        elif root.is_dir():
-            matches = list(images_in(root))
-        else:
-            matches = [file for match in sorted(glob.glob(given, recursive=True)) for file in images_in(Path(match))]
-            while glob.has_magic(str(root)):
-                root = root.parent
+        matches, root = at(given)
         if not matches:
             kinds = " ".join(sorted(SUFFIXES))
             raise ValueError(f"INPUTS: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
@@ -150,11 +142,41 @@ def find(inputs: Iterable[str], out: Path) -> dict[Path, Path]:
     return found
 
 
-def images_in(path: Path) -> Iterator[Path]:
-    """The images below a folder, sorted, hidden ones left out; or the file itself, if it is an image by its name."""
-    for file in files_below(path) if path.is_dir() else [path]:
-        if file.suffix.lower() in SUFFIXES:
-            yield file
+def at(given: str) -> tuple[list[Path], Path]:
+    """The images at a file, a folder or a glob, sorted, and the folder that their names count from.
+
+    A file that is named is taken at its word; elsewhere an image is what is called like one.
+    """
+    root = Path(given)
+    if root.is_file():
+        return [root], root.parent
+    if root.is_dir():
+        files = files_below(root)
+    else:
+        root = root.parent
+        while glob.has_magic(str(root)):
+            root = root.parent
+        files = sorted(set(globbed(root, Path(given).relative_to(root).parts)))
+    return [file for file in files if file.suffix.lower() in SUFFIXES], root
+
+
+def globbed(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files that the parts of a glob match below a folder, and those below the folders that they match.
+
+    A link to a folder `above` is not followed: glob itself would, 40 times over, and of two of them find no end.
+    """
+    if not parts:
+        yield from files_below(folder, above) if folder.is_dir() else [folder]
+        return
+    here = folder.resolve()
+    if here in above:
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":  # no folder, or any and the same again
+        yield from globbed(folder, rest, above)
+        part, rest = "*/", parts
+    for match in sorted(glob.glob(part, root_dir=folder)):
+        yield from globbed(folder / match, rest, (*above, here))
 
 
 def absolute(path: Path) -> Path:

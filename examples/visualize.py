@@ -15,7 +15,6 @@ Which images are shown follows from their labels: known ones of a prepared folde
 those that the classifier predicts; the figures say which.
 """
 
-import glob
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 try:
     import torch
-    from predict import absolute, images_in
+    from predict import absolute, at
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, Example, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
@@ -103,9 +102,7 @@ def open_images(settings: Settings, trained: Trained) -> Source:
         )
     files: dict[Path, None] = {}
     for given in settings.images:
-        matches = [Path(given)] if Path(given).exists() else [Path(m) for m in sorted(glob.glob(given, recursive=True))]
-        # a file is taken at its word; in a folder, what is called like an image
-        found = [file for match in matches for file in (images_in(match) if match.is_dir() else [match])]
+        found, _ = at(given)
         found = [file for file in found if not absolute(file).is_relative_to(absolute(settings.out))]  # our own figures
         if not found:
             kinds = " ".join(sorted(SUFFIXES))

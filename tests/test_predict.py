@@ -316,6 +316,21 @@ def test_linked_folders_are_searched_once_and_a_dead_link_is_skipped_and_named(c
     assert "labels/linked/x.png" in files(tmp_path / "out") and "of 1 images" in said
 
 
+@pytest.mark.parametrize("pattern", ["**/*.png", "**", "*", "*/*", "**/**/*.png"])
+def test_a_glob_follows_no_link_to_a_folder_above(pattern, photos, tmp_path):
+    def named():
+        found = script.find([str(photos / pattern)], tmp_path / "out")
+        return {path.relative_to(photos).as_posix() for path in found}
+
+    before = named()
+    (photos / "self").symlink_to(photos)
+    (photos / "again").symlink_to(photos)  # glob.glob would not come to an end
+    (photos / "a/up").symlink_to(photos)
+    assert named() == before
+    (photos / "a/linked").symlink_to(photos / "b")
+    assert named() == before | {"a/linked/x.png"}
+
+
 def test_pictures_below_the_output_are_no_input(command, photos, tmp_path):
     code, said = command(photos, out="photos/out")
     assert code == 0 and "of 5 images" in said

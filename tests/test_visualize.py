@@ -337,6 +337,16 @@ def test_images_with_given_and_with_predicted_labels(weights, monkeypatch, tmp_p
     assert not (tmp_path / "two" / "figure1.png").exists()
 
 
+def test_a_glob_follows_no_link_to_a_folder_above(weights, monkeypatch, tmp_path):
+    photos = tmp_path / "photos"
+    picture(photos / "a.jpg")
+    for name in ("self", "again"):
+        (photos / name).symlink_to(photos)
+    arguments = ("--weights", weights, "--images", photos / "**" / "*.jpg", "--figures", 4, "--out", tmp_path / "out")
+    assert run_main(monkeypatch, *arguments) == 0
+    assert json.loads((tmp_path / "out" / "figure4.json").read_text())["images"] == 1
+
+
 def test_an_image_without_any_label_is_drawn_too(weights, monkeypatch, tmp_path):
     write_split(tmp_path, "val", CLASSES, [Item("a", picture(tmp_path / "a.png"), None, ())])
     assert run_main(monkeypatch, "--weights", weights, "--data", tmp_path, "--out", tmp_path / "out") == 0
