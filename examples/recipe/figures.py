@@ -184,7 +184,7 @@ def patch_figure(seen: Seen, names: Sequence[str], patch: int, gap: float, notes
         ("similarity of X", "of each token to the\nprototype (cosine): dark,\nleast; bright, greatest"),
         ("without high band", "the same of X_low,\non the same scale"),
         ("change", "the difference of the\ntwo: red, the high band\nadds similarity; blue, less"),
-        ("selected tokens", f"change above {gap:g}:\npulled to X_low\nin training"),
+        ("selected tokens", f"change of more than {gap:g}\neither way: pulled\nto X_low in training"),
     ]
     pixels = pixels_of(seen)
     size = pixels.shape[:2]
