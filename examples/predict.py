@@ -17,7 +17,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ try:
     import tyro
     from PIL import Image
     from recipe.config import on_cpu
-    from recipe.data import SUFFIXES, loading, read_image
+    from recipe.data import SUFFIXES, decoding, left_alone, loading, read_image
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
     from recipe.files import LOCK, alone, files_below, write_text, written
     from recipe.prepare import command, counter, digest
@@ -126,38 +126,41 @@ class Settings:
 # Names ------------------------------------------------------------------------------------------------------------
 
 
-def find(inputs: Iterable[str], out: Path) -> dict[Path, Path]:
-    """Every image -> the folder that its name counts from, both absolute. What lies below `out` is left alone."""
+def find(inputs: Iterable[str], out: Path) -> tuple[dict[Path, Path], list[Path]]:
+    """Every image -> the folder that its name counts from, and what is no image, all absolute; nothing below `out`."""
     found: dict[Path, Path] = {}
+    others: set[Path] = set()
     for given in inputs:
-        matches, root = at(given)
+        matches, rest, root = at(given)
         if not matches:
             kinds = " ".join(sorted(SUFFIXES))
             raise ValueError(f"INPUTS: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
         for match in matches:
             found.setdefault(absolute(match), absolute(root))
+        others |= {absolute(file) for file in rest}
     found = {file: root for file, root in found.items() if not file.is_relative_to(absolute(out))}
     if not found:
         raise ValueError(f"INPUTS: all images lie below --out {out}. Name another folder.")
-    return found
+    return found, sorted(file for file in others - found.keys() if not file.is_relative_to(absolute(out)))
 
 
-def at(given: str) -> tuple[list[Path], Path]:
-    """The images at a file, a folder or a glob, sorted, and the folder that their names count from.
+def at(given: str) -> tuple[list[Path], list[Path], Path]:
+    """The images at a file, a folder or a glob, sorted; the other files there; and the folder that names count from.
 
     A file that is named is taken at its word; elsewhere an image is what is called like one.
     """
     root = Path(given)
     if root.is_file():
-        return [root], root.parent
+        return [root], [], root.parent
     if root.is_dir():
-        files = files_below(root)
+        files = list(files_below(root))
     else:
         root = root.parent
         while glob.has_magic(str(root)):
             root = root.parent
         files = sorted(set(globbed(root, Path(given).relative_to(root).parts)))
-    return [file for file in files if file.suffix.lower() in SUFFIXES], root
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    return images, [file for file in files if file.suffix.lower() not in SUFFIXES], root
 
 
 def globbed(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -258,12 +261,13 @@ def whole(path: Path, source: Path) -> bool:
         if path.stat().st_mtime < source.stat().st_mtime:
             return False
         if path.suffix == ".png":
-            load_label(path)
+            with decoding("whole", path):
+                load_label(path)
         elif path.suffix == ".npz":
             with zipfile.ZipFile(path) as file:
                 return file.testzip() is None
         else:
-            with Image.open(path) as picture:
+            with decoding("whole", path), Image.open(path) as picture:
                 picture.load()
     except Exception:  # decoders raise whatever they like; it is made again
         return False
@@ -307,15 +311,22 @@ def run(settings: Settings, console: Console) -> int:
     """Segment the images; 1 if a file was skipped, 2 if every one was."""
     settings.check()
     device = torch.device("cpu" if on_cpu(settings.device, settings.precision) else "cuda")
-    found = find(settings.inputs, settings.out)
+    found, others = find(settings.inputs, settings.out)
     trained = load_weights(settings.weights, device)
     if len(trained.classes) > 255:
         raise ValueError(f"--weights: {len(trained.classes)} classes and background do not fit into one byte a pixel.")
     out = settings.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
+    if others:
+        say(console, left_alone(others, "INPUTS"))
+    with ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(out))
+        except OSError as error:
+            said = error.strerror or error
+            raise ValueError(f"--out: cannot write to {out} ({said}). Name another folder.") from error
         return complete(settings, trained, found, device, console)
 
 

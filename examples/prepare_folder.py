@@ -23,7 +23,6 @@ import json
 import re
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 try:
-    from recipe.data import SUFFIXES, Item, check_name, decoding, read_image, read_mask
+    from recipe.data import SUFFIXES, Item, check_name, decoding, left_alone, read_image, read_mask
     from recipe.files import files_below
     from recipe.prepare import Done, Summary, claim, command, digest, values_of, work
     from rich.console import Console
@@ -397,13 +396,7 @@ def run(settings: Settings, console: Console) -> int:
             f"{more}. The mask of a/1.jpg is a/1.png."
         )
     if others:
-        suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
-        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in suffixes.most_common(8))
-        more = ", ..." if len(suffixes) > 8 else ""
-        notes.append(
-            f"{len(others):,} other files in {settings.images} are left alone ({kinds}{more}); read are "
-            f"{' '.join(sorted(SUFFIXES))}."
-        )
+        notes.append(left_alone(others, settings.images))
     return summary.finish("prepare_folder", used, notes)
 
 

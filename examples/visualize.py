@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 try:
     import torch
-    from predict import absolute, at
+    from predict import absolute, at, say
     from recipe.config import on_cpu
-    from recipe.data import SUFFIXES, Example, read_image
+    from recipe.data import SUFFIXES, Example, left_alone, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
     from recipe.files import write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
@@ -92,6 +92,8 @@ class Source(NamedTuple):
     name: Callable[[int], str]
     called: str
     labels: str
+    named: Sequence[str] = ()  # those that were named one by one
+    others: Sequence[Path] = ()  # files that are no images
 
 
 def open_images(settings: Settings, trained: Trained) -> Source:
@@ -101,13 +103,19 @@ def open_images(settings: Settings, trained: Trained) -> Source:
             f"--labels: {settings.weights} knows no class {unknown[0]!r}. It knows {', '.join(trained.classes)}."
         )
     files: dict[Path, None] = {}
+    others: set[Path] = set()
+
+    def mine(file: Path) -> bool:
+        return absolute(file).is_relative_to(absolute(settings.out))
+
     for given in settings.images:
-        found, _ = at(given)
-        found = [file for file in found if not absolute(file).is_relative_to(absolute(settings.out))]  # our own figures
+        found, rest, _ = at(given)
+        found = [file for file in found if not mine(file)]
         if not found:
             kinds = " ".join(sorted(SUFFIXES))
             raise ValueError(f"--images: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
         files |= dict.fromkeys(found)
+        others |= {file for file in rest if not mine(file)}
     paths, row = list(files), None
     if settings.labels:
         row = torch.tensor([float(name in settings.labels) for name in trained.classes])
@@ -115,8 +123,15 @@ def open_images(settings: Settings, trained: Trained) -> Source:
     def get(index: int) -> Example:
         return Example(paths[index].name, read_image(paths[index]), None, row)
 
-    called = f"{len(paths)} images of --images"
-    return Source(len(paths), get, lambda index: str(paths[index]), called, "given with --labels")
+    return Source(
+        len(paths),
+        get,
+        name=lambda index: str(paths[index]),
+        called="images of --images",
+        labels="given with --labels",
+        named=[str(Path(given)) for given in settings.images if Path(given).is_file()],
+        others=sorted(others - files.keys()),
+    )
 
 
 def open_data(settings: Settings, trained: Trained) -> Source:
@@ -127,7 +142,7 @@ def open_data(settings: Settings, trained: Trained) -> Source:
             len(dataset), dataset.__getitem__, str, f"embedded scenes, {settings.split}", "known from the scenes"
         )
     items = dataset.split.items
-    called, labels = f"{settings.split} of {folder.name}", f"known from {folder.name}/{settings.split}.json"
+    called, labels = f"images of {settings.split} of {folder.name}", f"known from {folder.name}/{settings.split}.json"
     return Source(len(dataset), dataset.__getitem__, lambda index: str(items[index].image), called, labels)
 
 
@@ -200,7 +215,21 @@ class Album:
             labels += f"; where they are unknown, {by}"
         step = self.trained.facts.get("step")
         weights = f"Weights {self.settings.weights.name}" + (f" after {step} steps" if step is not None else "")
-        return [f"{weights}, encoder {self.trained.config.model}. Images: {self.source.called}. Labels {labels}."]
+        of = f"{len(self.found):,} of {self.source.count:,} {self.source.called}"
+        return [f"{weights}, encoder {self.trained.config.model}. Looked at {of}. Labels {labels}."]
+
+
+def unseen(album: Album) -> list[str]:
+    """What was passed over, in sentences."""
+    source, said = album.source, []
+    looked = {source.name(found.index) for found in album.found} | album.left_out.keys()
+    if rest := [name for name in source.named if name not in looked]:
+        more = ", ..." if len(rest) > 8 else ""
+        files = f"{len(rest):,} of {len(source.named):,} files named by --images"
+        said.append(f"not looked at: {files}, for --count is {album.settings.count}: {', '.join(rest[:8])}{more}")
+    if source.others:
+        said.append(left_alone(source.others, "--images"))
+    return said
 
 
 def draw_all(album: Album) -> dict[int, Callable[[Path], None]]:
@@ -233,8 +262,13 @@ def record_of(album: Album) -> dict[str, Any]:
         "measured": " ".join(album.notes()),
         "predicted_labels": album.predicted,
         "weights": {"file": str(settings.weights), **album.trained.facts},
-        "settings": {"split": settings.split, "count": settings.count, "max_side": settings.max_side},
+        "settings": {
+            "split": None if settings.images else settings.split,
+            "count": settings.count,
+            "max_side": settings.max_side,
+        },
         "classes": album.trained.classes,
+        "looked_at": [album.source.name(found.index) for found in album.found],
         "left_out": album.left_out,
         "versions": versions(),
     }
@@ -263,14 +297,15 @@ def run(settings: Settings, console: Console) -> int:
             console.print(f"wrote {path}", soft_wrap=True, markup=False)
     if 4 in settings.figures:
         path = settings.out / "figure4.json"
-        write_text(path, json.dumps(record_of(album), indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(record_of(album), indent=2) + "\n")  # ASCII: names may be no Unicode
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     for name, problem in list(album.left_out.items())[:SHOWN]:
-        console.print(f"- left out: {name}: {problem}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"- left out: {name}: {problem}")
+    for said in unseen(album):
+        say(console, f"- {said}")
     if boxes:
         some = " ".join(sorted(boxes)[:SHOWN])
-        said = f"- boxes stand for {some}: no installed font has them. Install one that does, such as Noto."
-        console.print(said, soft_wrap=True, markup=False, highlight=False)
+        say(console, f"- boxes stand for {some}: no installed font has them. Install one that does, such as Noto.")
     return 1 if album.left_out else 0
 
 

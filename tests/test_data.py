@@ -209,6 +209,20 @@ def test_a_missing_file_is_named(tmp_path):
         read_mask(tmp_path / "no.png", 3)
 
 
+def test_a_large_image_is_read_without_a_warning_and_a_larger_one_refused_with_a_remedy(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_100_000)
+    for name, height in (("large.png", 2000), ("larger.png", 3000)):
+        Image.new("L", (1000, height)).save(tmp_path / name)
+    assert read_image(tmp_path / "large.png").shape == (3, 2000, 1000)
+    assert read_mask(tmp_path / "large.png", 3).shape == (2000, 1000)
+    assert not recwarn
+    message = r"cannot read .*larger\.png: Image size \(3 megapixels\) exceeds limit of 2 megapixels: shrink it\.$"
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / "larger.png")
+    with pytest.warns(Image.DecompressionBombWarning), Image.open(tmp_path / "large.png"):  # elsewhere it warns
+        pass
+
+
 @pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("F", 0.5)])
 def test_values_of_unknown_range_are_refused(mode, value, tmp_path):
     Image.new(mode, (4, 4), value).save(tmp_path / "deep.tif")

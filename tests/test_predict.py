@@ -187,6 +187,13 @@ def test_a_broken_file_is_skipped_and_named_and_the_others_are_done(command, pho
     assert len(files(tmp_path / "out/labels")) == 5
 
 
+def test_a_large_image_is_done_and_found_done_without_a_warning(command, photos, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert "of 1 images" in command(photos / "a")[1]
+    assert "kept 1" in command(photos / "a")[1]
+    assert not recwarn
+
+
 def test_broken_files_alone_are_no_success(command, tmp_path):
     (tmp_path / "empty.png").touch()
     code, said = command(tmp_path / "empty.png")
@@ -269,8 +276,15 @@ def test_a_folder_with_something_else_is_refused(command, photos, tmp_path):
     (tmp_path / "file").touch()
     code, said = command(photos, out="file")
     assert code == 2 and "--out: expected a folder, got the file" in said
-    code, said = command(photos, out="file/below")
-    assert code == 2 and "file/below" in said
+
+
+def test_an_output_that_cannot_be_written_to_is_refused_by_its_flag(command, photos, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "out/.lock").mkdir(parents=True)  # no file can take its place
+    for out in ("file/below", "out"):
+        code, said = command(photos, out=out)
+        assert code == 2 and f"predict: --out: cannot write to {tmp_path / out} (" in said
+        assert "). Name another folder." in said
 
 
 def test_a_failing_write_names_the_file_and_leaves_no_half(command, photos, tmp_path, monkeypatch):
@@ -289,7 +303,7 @@ def test_a_failing_write_names_the_file_and_leaves_no_half(command, photos, tmp_
 
 def test_files_folders_and_globs_are_found_once_and_named_from_where_they_were_asked_for(photos, tmp_path):
     def named(*given):
-        found = script.find([str(each) for each in given], tmp_path / "out")
+        found, _ = script.find([str(each) for each in given], tmp_path / "out")
         return {name: path.relative_to(photos).as_posix() for name, path in script.name_all(found, {}).items()}
 
     everything = {name: f"{name}.png" for name in sorted(SIZES)}
@@ -319,7 +333,7 @@ def test_linked_folders_are_searched_once_and_a_dead_link_is_skipped_and_named(c
 @pytest.mark.parametrize("pattern", ["**/*.png", "**", "*", "*/*", "**/**/*.png"])
 def test_a_glob_follows_no_link_to_a_folder_above(pattern, photos, tmp_path):
     def named():
-        found = script.find([str(photos / pattern)], tmp_path / "out")
+        found, _ = script.find([str(photos / pattern)], tmp_path / "out")
         return {path.relative_to(photos).as_posix() for path in found}
 
     before = named()
@@ -329,6 +343,20 @@ def test_a_glob_follows_no_link_to_a_folder_above(pattern, photos, tmp_path):
     assert named() == before
     (photos / "a/linked").symlink_to(photos / "b")
     assert named() == before | {"a/linked/x.png"}
+
+
+def test_files_that_are_no_images_are_counted_by_their_suffix(command, photos, tmp_path):
+    for name in ("small.gif", "a/x.jfif", "a/y.GIF", "README"):
+        (photos / name).touch()
+    for where in ([photos], [photos / "**"], [photos, photos / "a", photos / "*"]):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        code, said = command(*where)
+        assert code == 0
+        assert "5 other files in INPUTS are left alone (.gif 2, no suffix 1, .jfif 1, .txt 1); read are .bmp" in said
+    for _ in range(2):  # what it writes is not counted
+        assert "5 other files" in command(photos, out="photos/out")[1]
+    code, said = command(photos / "a/x.png", out="one")
+    assert code == 0 and "left alone" not in said
 
 
 def test_pictures_below_the_output_are_no_input(command, photos, tmp_path):

@@ -1,6 +1,7 @@
 """The figures: what they show is what the parts compute, which images they choose, and what visualize.py refuses."""
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -27,6 +28,7 @@ from recipe.figures import (
     motivation_figure,
     objects_figure,
     outline,
+    patch_figure,
     twice_colour,
 )
 from recipe.look import (
@@ -345,6 +347,48 @@ def test_a_glob_follows_no_link_to_a_folder_above(weights, monkeypatch, tmp_path
     arguments = ("--weights", weights, "--images", photos / "**" / "*.jpg", "--figures", 4, "--out", tmp_path / "out")
     assert run_main(monkeypatch, *arguments) == 0
     assert json.loads((tmp_path / "out" / "figure4.json").read_text())["images"] == 1
+
+
+def test_the_figures_say_how_many_images_were_looked_at_and_which(weights, monkeypatch, tmp_path, capsys):
+    files = [picture(tmp_path / "in" / f"{n}.png", seed=n) for n in range(5)]
+    (tmp_path / "in" / "film.mp4").touch()
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+
+    def run(*arguments):
+        out = tmp_path / "in" / "out"
+        assert run_main(monkeypatch, "--weights", weights, "--count", 2, "--out", out, *arguments) == 0
+        record = json.loads((out / "figure4.json").read_text())
+        while drawn:
+            notes = " ".join(text.get_text() for text in drawn.pop().texts)
+            assert re.search(r"Looked at [^.]*\.", notes.replace("\n", " "))[0] in record["measured"]
+        return record, capsys.readouterr().out
+
+    record, said = run("--images", tmp_path / "in")
+    assert "Looked at 2 of 5 images of --images." in record["measured"] and record["settings"]["split"] is None
+    assert record["looked_at"] == [str(files[0]), str(files[2])]
+    assert "- 1 other files in --images are left alone (.mp4 1)" in said and "not looked at" not in said
+    _, said = run("--images", *files[:3], tmp_path / "in" / "film.mp4")
+    assert f"- not looked at: 2 of 4 files named by --images, for --count is 2: {files[1]}, {tmp_path}" in said
+    write_split(tmp_path / "in", "val", CLASSES, [Item(path.stem, path, None, (1,)) for path in files])
+    record, said = run("--data", tmp_path / "in")
+    assert "Looked at 2 of 5 images of val of in." in record["measured"] and record["settings"]["split"] == "val"
+    assert record["looked_at"] == [str(files[0]), str(files[2])] and "- " not in said
+    assert "Looked at 2 of 2 embedded scenes, val." in run()[0]["measured"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode")
+def test_a_name_that_is_no_unicode_is_recorded(weights, monkeypatch, tmp_path):
+    path = picture(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
+    arguments = ("--weights", weights, "--images", tmp_path, "--figures", 4, "--out", tmp_path / "out")
+    assert run_main(monkeypatch, *arguments) == 0
+    assert json.loads((tmp_path / "out" / "figure4.json").read_text())["looked_at"] == [str(path)]
+
+
+def test_fig_1_calls_selected_what_changes_either_way(trained, scene):
+    page = patch_figure(see(trained, scene), CLASSES, 4, CONFIG.gap, [])
+    said = [text.get_text().replace("\n", " ") for text in page.figure.texts]
+    assert any(text.startswith("change of more than 0.005 either way") for text in said)
 
 
 def test_an_image_without_any_label_is_drawn_too(weights, monkeypatch, tmp_path):

@@ -11,7 +11,9 @@ and 255 where a pixel is not scored.
 
 import functools
 import json
+import re
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,17 +231,31 @@ def read_mask(path: str | Path, num_labels: int, size: tuple[int, int] | None = 
     return torch.from_numpy(mask)
 
 
+def left_alone(others: Sequence[Path], where: object) -> str:
+    """Say which files were passed over, for they are not called like an image."""
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
+    listed = ", ".join(f"{suffix} {count:,}" for suffix, count in kinds.most_common(8))
+    more = ", ..." if len(kinds) > 8 else ""
+    read = " ".join(sorted(SUFFIXES))
+    return f"{len(others):,} other files in {where} are left alone ({listed}{more}); read are {read}."
+
+
 @contextmanager
 def decoding(owner: str, path: str | Path) -> Iterator[None]:
     """Name the file in whatever a decoder raises; a missing file stays a FileNotFoundError."""
     try:
-        yield
+        with warnings.catch_warnings():  # Pillow warns of large images, which are read all the same
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{owner}: there is no file {path}.") from error
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, zlib.error, ...
-        raise ValueError(f"{owner}: cannot read {path}: {str(error).rstrip('.')}.") from error
+        said = str(error).rstrip(".")
+        if isinstance(error, Image.DecompressionBombError):  # it speaks of an attack
+            said = re.sub(r"(\d+)\d{6} pixels", r"\1 megapixels", said.partition(", could")[0]) + ": shrink it"
+        raise ValueError(f"{owner}: cannot read {path}: {said}.") from error
 
 
 # Training ---------------------------------------------------------------------------------------------------------
