@@ -4,6 +4,7 @@ import builtins
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -79,6 +80,24 @@ def test_opacity_runs_from_the_image_to_the_colours(alpha):
     label = torch.randint(1, 256, (5, 4))
     expected = (image.permute(1, 2, 0) * 255).round().numpy() if alpha == 0 else draw.colorize(label)
     np.testing.assert_array_equal(draw.overlay(image, label, alpha=alpha), expected)
+
+
+@given(st.floats(0, 1))
+def test_an_overlay_of_bytes_is_the_mixture_rounded_for_every_value_and_label(alpha):
+    value, label = np.mgrid[:256, :256]
+    image = torch.from_numpy(np.stack([value, 255 - value, value[::-1]]).astype(np.uint8))
+    under, over = image.permute(1, 2, 0).double().numpy(), draw.palette()[label]
+    expected = np.where(label[..., None] > 0, under + (over - under) * alpha, under)
+    np.testing.assert_array_equal(draw.overlay(image, label, alpha), np.rint(expected))
+
+
+def test_an_overlay_of_bytes_takes_little_more_memory_than_the_picture():
+    image, label = torch.zeros(3, 1000, 1000, dtype=torch.uint8), torch.zeros(1000, 1000, dtype=torch.uint8)
+    tracemalloc.start()
+    picture = draw.overlay(image, label)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * picture.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
