@@ -146,6 +146,24 @@ def test_of_equal_scores_the_first_counts_at_any_size():
     assert (script.best_label(scores, (2, 2)) == 1).all() and (script.best_label(scores, (5, 7)) == 1).all()
 
 
+def test_a_label_that_is_best_nowhere_may_be_so_between_two_pixels_and_one_below_another_never():
+    scores = torch.tensor([[10.0, 0], [9, 9], [0, 10], [8, 8], [-torch.inf, -torch.inf]])[:, None]
+    assert script.contenders(scores[:4]) == [0, 1, 2]
+    assert script.best_label(scores[:4], (1, 6)).tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert script.best_label(scores, (1, 6)).tolist() == [[0, 0, 1, 1, 2, 2]]
+
+
+@given(
+    st.integers(0, 2**32), st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 30)] * 2), st.floats(0, 9)
+)
+def test_the_best_label_is_that_of_all_scores_enlarged(seed, shape, size, spread):
+    generator = torch.Generator().manual_seed(seed)
+    levels = spread * torch.randn(shape[0], 1, 1, generator=generator)  # with a large spread few labels are left
+    scores = levels + torch.randn(shape, generator=generator).round(decimals=1)
+    whole = np.stack([script.enlarged(channel, size).numpy() for channel in scores])
+    assert np.array_equal(script.best_label(scores, size).numpy(), whole.argmax(0))
+
+
 def test_grey_transparent_and_turned_images_are_what_a_viewer_shows(command, scenes, tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
