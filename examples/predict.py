@@ -17,7 +17,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import count
@@ -32,7 +32,7 @@ try:
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, decoding, left_alone, loading, read_image
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
-    from recipe.files import LOCK, alone, files_below, write_text, written
+    from recipe.files import LOCK, alone, files_below, open_folder, write_text, written
     from recipe.prepare import command, counter, digest
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
@@ -317,17 +317,10 @@ def run(settings: Settings, console: Console) -> int:
     if len(trained.classes) > 255:
         raise ValueError(f"--weights: {len(trained.classes)} classes and background do not fit into one byte a pixel.")
     out = settings.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
+    open_folder(out)
     if others:
         say(console, left_alone(others, "INPUTS"))
-    with ExitStack() as held:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone(out))
-        except OSError as error:
-            said = error.strerror or error
-            raise ValueError(f"--out: cannot write to {out} ({said}). Name another folder.") from error
+    with alone(out):
         return complete(settings, trained, found, device, console)
 
 

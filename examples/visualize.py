@@ -28,7 +28,7 @@ try:
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, Example, left_alone, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
-    from recipe.files import write_text, written
+    from recipe.files import open_folder, write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
     from recipe.prepare import command, counter
     from recipe.weights import Trained, examples_for, load_weights, versions
@@ -280,10 +280,7 @@ def run(settings: Settings, console: Console) -> int:
     device = "cpu" if on_cpu(settings.device, "fp32") else "cuda"
     trained = load_weights(settings.weights, device)
     source = open_images(settings, trained) if settings.images else open_data(settings, trained)
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: cannot make {settings.out} ({error.strerror or error}). Name another one.") from error
+    open_folder(settings.out)
     album = Album(settings, trained, source)
     album.look(console)
     with as_spelt([*trained.classes, *(found.name for found in album.found), *album.notes()]) as boxes:

@@ -507,7 +507,7 @@ def test_data_of_other_classes_and_an_unusable_folder_are_refused(weights, monke
     assert run_main(monkeypatch, "--weights", weights, "--out", tmp_path / "file") == 2
     assert "--out: expected a folder" in capsys.readouterr().err
     assert run_main(monkeypatch, "--weights", weights, "--out", tmp_path / "file" / "below") == 2
-    assert "--out: cannot make" in capsys.readouterr().err
+    assert "--out: expected a folder, got the file" in capsys.readouterr().err
     assert run_main(monkeypatch, "--weights", tmp_path / "none.safetensors") == 2
     assert "--weights: there is no file" in capsys.readouterr().err
 
