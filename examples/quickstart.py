@@ -202,6 +202,7 @@ def save(settings: Settings, result: dict[str, Any]) -> list[Path]:
         "seed": settings.seed,
         "versions": {**versions(), "matplotlib": matplotlib.__version__},
         "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # decides roundings, as the number of threads does
     }
     with written(figures) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -55,6 +55,7 @@ def test_it_prints_a_table_and_writes_a_picture_and_the_figures(small, monkeypat
         assert 0 <= row["seg_miou"] <= 100 and 0 <= row["boundary_iou"] <= 100
     assert record["seed"] == 3 and record["settings"]["steps"] == 4
     assert {"torch", "timm", "ffr", "python"} <= set(record["versions"])
+    assert record["vectors"] == torch.backends.cpu.get_cpu_capability()
     width, height = Image.open(small.out / "quickstart.png").size
     assert width > 800 and height > 400
 
