@@ -159,7 +159,10 @@ def at(given: str) -> tuple[list[Path], list[Path], Path]:
         root = root.parent
         while glob.has_magic(str(root)):
             root = root.parent
-        files = sorted(set(globbed(root, Path(given).relative_to(root).parts)))
+        *parts, last = Path(given).relative_to(root).parts
+        if given.endswith(("/", os.sep)) and last != "**":
+            last += "/"  # folders alone
+        files = sorted(set(globbed(root, (*parts, last))))
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     return images, [file for file in files if file.suffix.lower() not in SUFFIXES], root
 
@@ -172,15 +175,14 @@ def globbed(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...] = ()) 
     if not parts:
         yield from files_below(folder, above) if folder.is_dir() else [folder]
         return
-    here = folder.resolve()
-    if here in above:
+    if not folder.is_dir() or (here := folder.resolve()) in above:  # a link to itself cannot be resolved
         return
     part, rest = parts[0], parts[1:]
     if part == "**":  # no folder, or any and the same again
         yield from globbed(folder, rest, above)
         part, rest = "*/", parts
     for match in sorted(glob.glob(part, root_dir=folder)):
-        yield from globbed(folder / match, rest, (*above, here))
+        yield from globbed(folder / match, rest, () if Path(match).name == ".." else (*above, here))
 
 
 def absolute(path: Path) -> Path:

@@ -360,9 +360,21 @@ def test_a_glob_follows_no_link_to_a_folder_above(pattern, photos, tmp_path):
     (photos / "self").symlink_to(photos)
     (photos / "again").symlink_to(photos)  # glob.glob would not come to an end
     (photos / "a/up").symlink_to(photos)
+    (photos / "loop").symlink_to(photos / "loop")
     assert named() == before
     (photos / "a/linked").symlink_to(photos / "b")
     assert named() == before | {"a/linked/x.png"}
+
+
+def test_a_glob_may_go_up_again_and_a_slash_at_its_end_means_folders(photos, tmp_path):
+    def named(pattern):
+        found, _ = script.find([f"{photos}/{pattern}"], tmp_path / "out")
+        return sorted(path.relative_to(photos).as_posix() for path in found)
+
+    assert named("*/../a/*.png") == named("**/../a/*") == ["a/x.png"]
+    assert named("*/..") == named("*/../") == named("**/") == named("**") == sorted(f"{name}.png" for name in SIZES)
+    assert named("*/") == ["a/x.png", "b/x.png"]
+    assert len(named("*")) == len(SIZES)
 
 
 def test_files_that_are_no_images_are_counted_by_their_suffix(command, photos, tmp_path):
