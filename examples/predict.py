@@ -420,7 +420,8 @@ def enlarged(channel: Tensor, size: Sequence[int]) -> Tensor:
 def best_label(scores: Tensor, size: Sequence[int]) -> Tensor:
     """The label of the highest score, uint8 (H, W): one channel at a time, for an image of any size."""
     best, label = torch.full(tuple(size), -torch.inf), torch.zeros(tuple(size), dtype=torch.uint8)
-    for number in contenders(scores):
+    same = scores.shape[1:] == tuple(size)  # then a look for those that may win costs more than it saves
+    for number in range(len(scores)) if same else contenders(scores):
         score = enlarged(scores[number], size)
         label.masked_fill_(score > best, number)
         torch.maximum(best, score, out=best)

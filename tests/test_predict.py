@@ -154,6 +154,14 @@ def test_a_label_that_is_best_nowhere_may_be_so_between_two_pixels_and_one_below
     assert script.best_label(scores, (1, 6)).tolist() == [[0, 0, 1, 1, 2, 2]]
 
 
+def test_labels_that_cannot_win_are_looked_for_only_where_scores_are_enlarged(monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "contenders", lambda scores: asked.append(len(scores)) or [0, 1])
+    for size, times in (((5, 4), 0), ((10, 8), 1)):
+        script.best_label(torch.randn(2, 5, 4), size)
+        assert len(asked) == times
+
+
 @given(
     st.integers(0, 2**32), st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 30)] * 2), st.floats(0, 9)
 )
