@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -219,8 +220,18 @@ def test_a_large_image_is_read_without_a_warning_and_a_larger_one_refused_with_a
     message = r"cannot read .*larger\.png: Image size \(3 megapixels\) exceeds limit of 2 megapixels: shrink it\.$"
     with pytest.raises(ValueError, match=message):
         read_image(tmp_path / "larger.png")
-    with pytest.warns(Image.DecompressionBombWarning), Image.open(tmp_path / "large.png"):  # elsewhere it warns
-        pass
+
+
+def test_a_warning_is_given_once_and_not_for_every_file(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "holiday"
+    for n in range(5):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{n}.jpg", exif=exif.tobytes()[:-4])
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        for n in range(5):
+            read_image(tmp_path / f"{n}.jpg")
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("F", 0.5)])

@@ -33,6 +33,7 @@ from recipe.files import write_text
 from recipe.scenes import CLASSES, Scenes, make_scenes
 
 IGNORE = 255
+QUIET = ("ignore", None, Image.DecompressionBombWarning, None, 0)  # large images are read all the same
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -243,10 +244,10 @@ def left_alone(others: Sequence[Path], where: object) -> str:
 @contextmanager
 def decoding(owner: str, path: str | Path) -> Iterator[None]:
     """Name the file in whatever a decoder raises; a missing file stays a FileNotFoundError."""
+    if QUIET not in warnings.filters:  # each change of the filters would make warnings new that were given once
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        with warnings.catch_warnings():  # Pillow warns of large images, which are read all the same
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{owner}: there is no file {path}.") from error
     except (ImportError, MemoryError):
