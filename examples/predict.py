@@ -34,6 +34,7 @@ try:
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
     from recipe.files import LOCK, alone, files_below, open_folder, write_text, written
     from recipe.prepare import command, counter, digest
+    from recipe.progress import say
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
 except ImportError as error:
@@ -463,12 +464,6 @@ def save(settings: Settings, trained: Trained, name: str, image: Tensor, scores:
                     np.savez_compressed(part, probabilities=each, labels=np.array(["background", *trained.classes]))
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror or error}; what is done is kept", str(path)) from error
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, whatever bytes a file name has."""
-    plain = text.encode("utf-8", "backslashreplace").decode()
-    console.print(plain, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> int:

@@ -24,13 +24,14 @@ from typing import Any, Literal, NamedTuple
 
 try:
     import torch
-    from predict import absolute, at, say
+    from predict import absolute, at
     from recipe.config import on_cpu
     from recipe.data import SUFFIXES, Example, left_alone, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
     from recipe.files import open_folder, write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
     from recipe.prepare import command, counter
+    from recipe.progress import say
     from recipe.weights import Trained, examples_for, load_weights, versions
     from recipe.words import as_spelt
     from rich.console import Console

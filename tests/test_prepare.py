@@ -822,6 +822,16 @@ def test_masks_may_end_in_capitals_and_those_that_fit_no_image_are_named(mine, t
     assert re.search(r"- 2 files in .*masks are the mask of no image in a split: b/5\.bmp, five\.png\. ", said)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode")
+def test_a_mask_whose_name_is_no_unicode_is_named_and_the_run_recorded(mine, tmp_path, monkeypatch, capsys):
+    masks = tmp_path / os.fsdecode(b"masks\xfe")
+    label(masks / "x.png", np.ones((8, 12))).rename(masks / os.fsdecode(b"x\xff.png"))
+    assert run(monkeypatch, prepare_folder, **mine, masks=masks) == 0
+    assert r"the mask of no image in a split: x\udcff.png. " in one_line(capsys.readouterr().out)
+    record = json.loads((mine["out"] / "prepare.json").read_text())
+    assert sum(row["images"] for row in record["report"].values()) == 5
+
+
 def test_the_report_of_a_folder_without_masks_has_no_row_about_them(mine, monkeypatch, capsys):
     assert run(monkeypatch, prepare_folder, **mine) == 0
     assert "mask" not in capsys.readouterr().out

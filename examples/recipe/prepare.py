@@ -29,7 +29,7 @@ from ffr import crf
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
 from recipe.files import write_text
-from recipe.progress import Screen
+from recipe.progress import Screen, say
 
 RECORD = "prepare.json"
 ROWS = {
@@ -283,7 +283,15 @@ class Summary:
             (self.out / f"{split}.json").unlink(missing_ok=True)  # of an earlier run, when there were some
 
     def finish(self, script: str, settings: dict[str, Any], notes: Sequence[str] = ()) -> int:
-        """Print the tables and the problems, complete the record; 1 if something was left out, 2 if every image was."""
+        """Complete the record, print the tables and the problems; 1 if something was left out, 2 if every image was."""
+        record = {
+            "script": script,
+            "settings": settings,
+            "report": self.rows,
+            "left_out": self.problems,
+            "masks_left_out": self.masks,
+        }
+        write_text(self.out / RECORD, json.dumps(record, indent=2) + "\n")  # ASCII: names may be no Unicode
         table = Table("", *self.rows, title=escape(f"{script}: {self.out}"))
         for key, head in ROWS.items():
             cells = [row[key] for row in self.rows.values()]
@@ -313,18 +321,10 @@ class Summary:
             if len(problems) > SHOWN:
                 notes.append(f"{what}: {len(problems) - SHOWN} more, all in {self.out / RECORD}.")
         for note in notes:
-            self.console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
-        record = {
-            "script": script,
-            "settings": settings,
-            "report": self.rows,
-            "left_out": self.problems,
-            "masks_left_out": self.masks,
-        }
-        write_text(self.out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            say(self.console, f"- {note}")
         lists = ", ".join(f"{split}.json" for split, row in self.rows.items() if row["images"])
         said = lists or "no list, for every image is left out,"
-        self.console.print(f"wrote {said} in {self.out}", soft_wrap=True, markup=False)
+        say(self.console, f"wrote {said} in {self.out}")
         return 2 if not lists else 1 if self.problems or self.masks else 0
 
 

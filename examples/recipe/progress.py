@@ -19,6 +19,12 @@ class Screen(Console):
         os.close(nowhere)
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, whatever bytes a file name has."""
+    plain = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(plain, soft_wrap=True, markup=False, highlight=False)
+
+
 def progress(
     console: Console, name: str, steps: int, *, quiet: bool = False
 ) -> tuple[Progress, Callable[[int, dict[str, float]], None]]:
