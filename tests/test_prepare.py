@@ -254,6 +254,20 @@ def test_an_output_of_other_settings_is_refused(voc, monkeypatch, capsys):
     assert sorted(path.stem for path in (voc["out"] / "SegmentationClassAug").iterdir()) == [*"abcd"]
 
 
+@pytest.mark.parametrize("settings", [{"voc": "x", "sbd": "y", "lists": "0123"}, {"files": "0123"}, None])
+def test_an_output_of_an_earlier_version_is_said_to_be_one(settings, voc, monkeypatch, capsys):
+    run(monkeypatch, prepare_voc, **voc)
+    record = json.loads((voc["out"] / "prepare.json").read_text())
+    (voc["out"] / "prepare.json").write_text(json.dumps(record | {"settings": settings}))
+    before = state(voc["out"])
+    assert run(monkeypatch, prepare_voc, **voc) == 2
+    said = capsys.readouterr().err
+    assert "out was prepared by an earlier version, whose prepare.json has another form. Its lists can be used" in said
+    assert "with other settings" not in said and "--overwrite: SegmentationClassAug, lists, train.json" in said
+    assert state(voc["out"]) == before
+    assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
+
+
 def test_overwriting_never_removes_a_source(voc, monkeypatch, capsys):
     inside = voc["out"] / "lists"
     inside.mkdir(parents=True)

@@ -92,7 +92,14 @@ def claim(
     full = out.is_dir() and any(out.iterdir())
     if full and not overwrite:
         if old is not None and old.get("script") == script:
-            why = "; ".join(_changes(old.get("settings") or {}, settings))
+            before = old.get("settings")
+            if not isinstance(before, dict) or not isinstance(before.get("files"), dict):
+                raise ValueError(
+                    f"--out: {out} was prepared by an earlier version, whose {RECORD} has another form. Its lists can "
+                    "be used as they are. To prepare it again name a new folder, or add --overwrite: "
+                    f"{', '.join(products)} in it are removed first."
+                )
+            why = "; ".join(_changes(before, settings))
             raise ValueError(
                 f"--out: {out} was prepared with other settings or files ({why}). Name a new folder, or add "
                 "--overwrite."
@@ -122,7 +129,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs between two settings, in words; those under `files` are digests."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if key != "files" or not isinstance(old, dict):
+        if key != "files":
             if old != new:
                 yield f"{key} was {old}, now {new}"
             continue
