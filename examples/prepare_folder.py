@@ -38,6 +38,10 @@ except ImportError as error:
     sys.exit(f"prepare_folder needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
 SPLITS = ("train", "val", "test")
+PICTURES = {  # images of these kinds are not read
+    ".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm", ".psd",
+    ".svg", ".tga",
+}  # fmt: skip
 PRODUCTS = tuple(f"{split}.json" for split in SPLITS)
 
 
@@ -248,11 +252,12 @@ def find(listed: str, names: dict[str, str]) -> str | None:
 
 
 def unread(root: Path, others: Sequence[Path]) -> dict[str, str]:
-    """How a file that is no image for us may be listed -> why it is not read."""
+    """How a file that is no image for us may be listed -> why it is not read; without its suffix only a picture is."""
     why = {}
     for path in others:
-        said = f"{path} is not read; convert it to PNG or JPEG"
-        why |= dict.fromkeys((same(below(root, path)), same(f"{below(root, path)}{path.suffix}")), said)
+        name = below(root, path)
+        spellings = [f"{name}{path.suffix}"] + [name] * (path.suffix.lower() in PICTURES)
+        why |= dict.fromkeys(map(same, spellings), f"{path} is not read; convert it to PNG or JPEG")
     return why
 
 

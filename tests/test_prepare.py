@@ -773,6 +773,17 @@ def test_an_image_of_a_kind_that_is_not_read_is_said_to_be_one(listed, mine, tmp
     assert re.search(rf"left out: {listed}: .*photos/a/{said[:-1]}", one_line(capsys.readouterr().out))
 
 
+@pytest.mark.parametrize("beside", ["a/9.xml", "a/9.txt", "a/9"])
+def test_a_file_of_another_kind_beside_an_image_that_is_missing_is_not_taken_for_it(
+    beside, mine, tmp_path, monkeypatch, capsys
+):
+    (mine["images"] / beside).touch()
+    (tmp_path / "l.json").write_text(json.dumps({"a/9.jpg": ["x"], "a/9": ["x"], "a/one": ["x"], "b/5": ["x"]}))
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json") == 1
+    said = one_line(capsys.readouterr().out)
+    assert said.count("l.json has labels for it, but there is no such image in") == 1 + (beside != "a/9")
+
+
 @pytest.mark.parametrize(
     ("labels", "classes", "where"),
     [
