@@ -203,14 +203,17 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
     if "" in classes or len(set(classes)) < len(classes):
         raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes))}.")
     refuse_background(settings, (*(header or ()), *(label for row in rows for label in row.labels)))
-    names, labels = lookup(images), {}
+    names, labels, listed = lookup(images), {}, {}
     for row in rows:
         if unknown := [label for label in row.labels if label not in classes]:
             raise ValueError(f"--labels: {row.where}: unknown class {unknown[0]!r}; known: {', '.join(classes)}.")
         name = find(row.name, names) or same(row.name)
         if name in labels:
-            raise ValueError(f"--labels: {row.where}: {row.name!r} is listed a second time. Keep one row.")
+            other = listed[name] != same(row.name)
+            why = f": it and {listed[name]!r} mean {images[name]}, by its name without suffix" if other else ""
+            raise ValueError(f"--labels: {row.where}: {row.name!r} is listed a second time{why}. Keep one row.")
         check_name(f"--labels: {row.where}", name)
+        listed[name] = same(row.name)
         labels[name] = tuple(sorted({classes.index(label) for label in row.labels}))
     return tuple(classes), labels
 

@@ -973,7 +973,7 @@ BAD_TABLES = {
     "rowless.csv": ("name,cat\n", r"--labels: .*rowless\.csv lists no image"),
     "short.csv": ("name,cat,dog\na/one,1,0\n\nb/5,1\n", r"short\.csv: line 4: expected 3 cells, got 'b/5,1'"),
     "two.csv": ("name,cat,dog\na/one,1,2\n", r"two\.csv: line 2: expected 0 or 1 for every class, got '2'"),
-    "twice.csv": ("name,cat\na/one,1\na/one.jpg,1\n", r"twice\.csv, line 3: 'a/one\.jpg' is listed a second time"),
+    "twice.csv": ("name,cat\na/one,1\na/one.jpg,1\n", r"line 3: 'a/one\.jpg' is listed a second time: it and 'a/one' mean"),
     "head.csv": ("name,cat,cat\na/one,1,1\n", r"--classes: expected different names, got 'cat', 'cat'"),
     "yak.csv": ("name,labels\na/one,yak\n", r"yak\.csv, line 2: unknown class 'yak'; known: cat, dog"),
     "latin.csv": ("name,labels\na/\xfc,cat\n".encode("latin-1"), r"cannot read .*latin\.csv"),
@@ -981,7 +981,12 @@ BAD_TABLES = {
     "half.json": ('{"a/one": ["cat"', r"cannot read .*half\.json"),
     "list.json": ('["a/one"]', r"list\.json: expected one object"),
     "value.json": ('{"a/one": [1]}', r"value\.json: expected a list of class names for 'a/one', got \[1\]"),
-    "twice.json": ('{"a/one": [], "a/one": ["cat"]}', r"twice\.json, 'a/one': 'a/one' is listed a second time"),
+    "both.csv": (
+        "name,cat\na/one.jpg,1\na/one.png,1\n",
+        r"line 3: 'a/one\.png' is listed a second time: it and 'a/one\.jpg' mean .*photos/a/one\.jpg, by its name "
+        r"without suffix\. Keep one row\.",
+    ),
+    "twice.json": ('{"a/one": [], "a/one": ["cat"]}', r"twice\.json, 'a/one': 'a/one' is listed a second time\. Keep"),
     "none.json": ('{}', r"none\.json lists no image"),
     "quoted.csv": ('name,labels\na/one,"cat, dog"\nb/5,cat\n', r"quoted\.csv, line 2: 'cat, dog' looks like several"),
     "pipes.csv": ("name,labels\na/one,cat\nb/5,cat|dog\n", r"pipes\.csv, line 3: 'cat\|dog' looks like several"),
