@@ -104,9 +104,9 @@ def place(config: Config) -> Accelerator:
 @contextlib.contextmanager
 def claim(out: Path, resume: bool) -> Iterator[None]:
     """Make the folder of the run and hold it, or refuse one that holds another run, finished or not."""
+    open_folder(out)
     if not resume and (checkpoints(out) or any((out / name).exists() for name in WEIGHTS)):
         raise ValueError(f"--out: {out} holds a run. Add --resume to go on with it, or name another folder.")
-    open_folder(out)
     with alone(out):
         for part in out.iterdir():
             if re.fullmatch(PARTS, part.name):

@@ -309,6 +309,9 @@ def test_an_output_that_cannot_be_written_to_is_refused_by_its_flag(command, pho
     def refused(**how):
         raise PermissionError(13, "Permission denied")
 
+    long = tmp_path / ("x" * 300)
+    code, said = command(photos, out=long)
+    assert code == 2 and f"predict: --out: cannot write to {long} (File name too long). Name another folder." in said
     monkeypatch.setattr(recipe.files.tempfile, "TemporaryFile", refused)
     code, said = command(photos, out="out")
     wanted = f"predict: --out: cannot write to {tmp_path / 'out'} (Permission denied). Name another folder."

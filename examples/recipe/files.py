@@ -35,10 +35,10 @@ def written(path: Path) -> Iterator[Path]:
 
 def open_folder(out: Path) -> None:
     """Make the folder of --out, or refuse it before any work, for a file in its place or for want of permission."""
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
     try:
+        for path in (out, *out.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"--out: expected a folder, got the file {path}. Name another one.")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
