@@ -65,8 +65,6 @@ class Settings:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}.")
         if self.grid > self.size:
             raise ValueError(f"--grid: expected at most --size {self.size}, got {self.grid}.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out: expected a folder, got the file {self.out}. Name another one.")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:

@@ -81,8 +81,6 @@ class Settings:
             raise ValueError("--images: the images are given by --data too. Leave one of them out.")
         if self.labels and not self.images:
             raise ValueError("--labels: is for --images; a prepared folder and the embedded scenes have their own.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out: expected a folder, got the file {self.out}. Name another one.")
 
 
 class Source(NamedTuple):

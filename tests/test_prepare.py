@@ -973,7 +973,7 @@ BAD_TABLES = {
     "rowless.csv": ("name,cat\n", r"--labels: .*rowless\.csv lists no image"),
     "short.csv": ("name,cat,dog\na/one,1,0\n\nb/5,1\n", r"short\.csv: line 4: expected 3 cells, got 'b/5,1'"),
     "two.csv": ("name,cat,dog\na/one,1,2\n", r"two\.csv: line 2: expected 0 or 1 for every class, got '2'"),
-    "twice.csv": ("name,cat\na/one,1\na/one.jpg,1\n", r"line 3: 'a/one\.jpg' is listed a second time: it and 'a/one' mean"),
+    "twice.csv": ("name,cat\na/one,1\na/one.jpg,1\n", r"'a/one\.jpg' is listed a second time: it and 'a/one' mean"),
     "head.csv": ("name,cat,cat\na/one,1,1\n", r"--classes: expected different names, got 'cat', 'cat'"),
     "yak.csv": ("name,labels\na/one,yak\n", r"yak\.csv, line 2: unknown class 'yak'; known: cat, dog"),
     "latin.csv": ("name,labels\na/\xfc,cat\n".encode("latin-1"), r"cannot read .*latin\.csv"),

@@ -28,7 +28,7 @@ from rich.text import Text
 from ffr import crf
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
-from recipe.files import write_text
+from recipe.files import open_folder, write_text
 from recipe.progress import Screen, say
 
 RECORD = "prepare.json"
@@ -80,8 +80,7 @@ def claim(
     It may be new, empty, or an earlier output of the same script with the same settings, which is then completed.
     Anything else is refused; with `overwrite` the `products` in it are removed, and nothing else.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {out}. Name another one.")
+    open_folder(out)
     mine = {"script": script, "settings": settings}
     old = _record(out)
     if not overwrite and old is not None and {key: old.get(key) for key in mine} == mine:
@@ -89,8 +88,7 @@ def claim(
             if part.suffix in (".part", ".json", ".txt"):
                 part.unlink()
         return
-    full = out.is_dir() and any(out.iterdir())
-    if full and not overwrite:
+    if any(out.iterdir()) and not overwrite:
         if old is not None and old.get("script") == script:
             before = old.get("settings")
             if not isinstance(before, dict) or not isinstance(before.get("files"), dict):
@@ -113,7 +111,6 @@ def claim(
             if source.resolve().is_relative_to((out / product).resolve()):
                 raise ValueError(f"--out: {out / product} holds the source {source}. Name another folder.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name in (RECORD, *products):  # without its record the folder is foreign, should we be cut off here
             path = out / name
             if path.is_dir() and not path.is_symlink():
