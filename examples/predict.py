@@ -128,7 +128,7 @@ class Settings:
 # Names ------------------------------------------------------------------------------------------------------------
 
 
-def find(inputs: Iterable[str], out: Path) -> tuple[dict[Path, Path], list[Path]]:
+def find(inputs: Iterable[str], out: Path, flag: str = "INPUTS") -> tuple[dict[Path, Path], list[Path]]:
     """Every image -> the folder that its name counts from, and what is no image, all absolute; nothing below `out`."""
     found: dict[Path, Path] = {}
     others: set[Path] = set()
@@ -136,13 +136,13 @@ def find(inputs: Iterable[str], out: Path) -> tuple[dict[Path, Path], list[Path]
         matches, rest, root = at(given)
         if not matches:
             kinds = " ".join(sorted(SUFFIXES))
-            raise ValueError(f"INPUTS: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
+            raise ValueError(f"{flag}: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
         for match in matches:
             found.setdefault(absolute(match), absolute(root))
         others |= {absolute(file) for file in rest}
     found = {file: root for file, root in found.items() if not file.is_relative_to(absolute(out))}
     if not found:
-        raise ValueError(f"INPUTS: all images lie below --out {out}. Name another folder.")
+        raise ValueError(f"{flag}: all images lie below --out {out}. Name another folder.")
     return found, sorted(file for file in others - found.keys() if not file.is_relative_to(absolute(out)))
 
 

@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 try:
     import torch
-    from predict import absolute, at
+    from predict import absolute, find
     from recipe.config import on_cpu
-    from recipe.data import SUFFIXES, Example, left_alone, read_image
+    from recipe.data import Example, left_alone, read_image
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
     from recipe.files import open_folder, write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
@@ -101,20 +101,8 @@ def open_images(settings: Settings, trained: Trained) -> Source:
         raise ValueError(
             f"--labels: {settings.weights} knows no class {unknown[0]!r}. It knows {', '.join(trained.classes)}."
         )
-    files: dict[Path, None] = {}
-    others: set[Path] = set()
-
-    def mine(file: Path) -> bool:
-        return absolute(file).is_relative_to(absolute(settings.out))
-
-    for given in settings.images:
-        found, rest, _ = at(given)
-        found = [file for file in found if not mine(file)]
-        if not found:
-            kinds = " ".join(sorted(SUFFIXES))
-            raise ValueError(f"--images: there is no image ({kinds}) at {given!r}. Check its spelling; quote a glob.")
-        files |= dict.fromkeys(found)
-        others |= {file for file in rest if not mine(file)}
+    files, others = find(settings.images, settings.out, "--images")
+    named = {absolute(Path(given)) for given in settings.images if Path(given).is_file()}
     paths, row = list(files), None
     if settings.labels:
         row = torch.tensor([float(name in settings.labels) for name in trained.classes])
@@ -128,8 +116,8 @@ def open_images(settings: Settings, trained: Trained) -> Source:
         name=lambda index: str(paths[index]),
         called="images of --images",
         labels="given with --labels",
-        named=[str(Path(given)) for given in settings.images if Path(given).is_file()],
-        others=sorted(others - files.keys()),
+        named=[str(path) for path in paths if path in named],
+        others=others,
     )
 
 

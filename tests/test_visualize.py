@@ -339,6 +339,23 @@ def test_images_with_given_and_with_predicted_labels(weights, monkeypatch, tmp_p
     assert not (tmp_path / "two" / "figure1.png").exists()
 
 
+def test_an_image_that_is_named_by_two_spellings_counts_once(weights, monkeypatch, tmp_path, capsys):
+    file = picture(tmp_path / "photos" / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    given = ("photos", file.parent, "photos/a.jpg", file, "photos/../photos/*.jpg")
+    arguments = ("--weights", weights, "--images", *given, "--figures", 4, "--out", "photos/out")
+    for _ in range(2):
+        assert run_main(monkeypatch, *arguments) == 0
+        record = json.loads((tmp_path / "photos" / "out" / "figure4.json").read_text())
+        assert record["images"] == 1 and record["looked_at"] == [str(file)]
+        assert "left alone" not in (said := capsys.readouterr().out) and "not looked at" not in said
+    assert run_main(monkeypatch, "--weights", weights, "--images", "photos/*.mp4") == 2
+    assert "visualize: --images: there is no image (.bmp" in capsys.readouterr().err
+    picture(tmp_path / "photos" / "out" / "figure4.png")
+    assert run_main(monkeypatch, "--weights", weights, "--images", "photos/out", "--out", "photos/out") == 2
+    assert "visualize: --images: all images lie below --out photos/out. Name" in capsys.readouterr().err
+
+
 def test_a_glob_follows_no_link_to_a_folder_above(weights, monkeypatch, tmp_path):
     photos = tmp_path / "photos"
     picture(photos / "a.jpg")
