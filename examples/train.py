@@ -352,10 +352,14 @@ class Run:
 def never_reached(config: Config) -> list[str]:
     """What these settings leave out for good, where that is rarely meant: most often --steps alone was lowered."""
     said, steps = [], config.steps
-    if config.seg_start >= steps and max(config.w_seg, config.lambda_l, config.w_reg) > 0:
+    lost = [
+        ("the segmentation head stays as random as it begins", config.w_seg),
+        ("there is no rectification", config.lambda_l),
+        ("there is no energy", config.w_reg),
+    ]
+    if config.seg_start >= steps and (meant := [what for what, weight in lost if weight > 0]):
         said.append(
-            f"--seg-start {config.seg_start} is not reached in --steps {steps}: the segmentation head stays as random "
-            "as it begins, and there is no rectification and no energy. Lower it."
+            f"--seg-start {config.seg_start} is not reached in --steps {steps}: {' and '.join(meant)}. Lower it."
         )
     if config.affinity_start >= steps and config.w_aff > 0:
         said.append(f"--affinity-start {config.affinity_start} is not reached in --steps {steps}. Lower it.")

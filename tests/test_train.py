@@ -224,7 +224,14 @@ def test_a_run_too_short_for_its_schedule_says_what_it_leaves_out_and_calls_no_r
     assert "--warmup 5 is not over in --steps 4: --lr is never reached. Lower it." in said
     assert "in percent: CAM mIoU" in said and "segmentation mIoU" not in said
     assert not (out / "best.safetensors").exists() and (out / "last.safetensors").exists()
-    assert train.never_reached(Config(steps=4, w_seg=0, lambda_l=0, w_reg=0, w_aff=0, warmup=3)) == []
+    off = Config(steps=4, w_seg=0, lambda_l=0, w_reg=0, w_aff=0, warmup=3)
+    assert train.never_reached(off) == []
+    start = f"--seg-start {off.seg_start} is not reached in --steps 4: there is no rectification"
+    assert train.never_reached(replace(off, lambda_l=1)) == [f"{start}. Lower it."]
+    assert train.never_reached(replace(off, lambda_l=1, w_reg=1)) == [f"{start} and there is no energy. Lower it."]
+    said = train.never_reached(replace(off, w_aff=1, affinity_start=4, warmup=4))
+    assert [line.partition(" is not ")[0] for line in said] == ["--affinity-start 4", "--warmup 4"]
+    assert train.never_reached(replace(off, w_aff=1, affinity_start=3)) == []
 
 
 def test_a_run_at_its_end_has_nothing_left_to_do(whole, monkeypatch, capsys, tmp_path):
