@@ -33,6 +33,7 @@ try:
     from recipe.data import SUFFIXES, Item, check_name, decoding, left_alone, read_image, read_mask
     from recipe.files import files_below
     from recipe.prepare import Done, Summary, claim, command, digest, values_of, work
+    from recipe.progress import some
     from rich.console import Console
 except ImportError as error:
     sys.exit(f"prepare_folder needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
@@ -394,14 +395,12 @@ def run(settings: Settings, console: Console) -> int:
             notes.append(f"{split}: {bare:,} of {len(each):,} images have no mask in {settings.masks}.")
     listed = {name for names in splits.values() for name in names}
     if left := [name for name in images if name not in labels and name not in listed]:
-        more = ", ..." if len(left) > 8 else ""
-        notes.append(f"{len(left):,} images have no labels and are in no split: {', '.join(left[:8])}{more}")
+        notes.append(f"{len(left):,} images have no labels and are in no split: {some(left)}")
     used_masks = {task.mask for task in everything}
     if unused := [str(path.relative_to(settings.masks)) for path in beside if path not in used_masks]:
-        more = ", ..." if len(unused) > 8 else ""
         notes.append(
-            f"{len(unused):,} files in {settings.masks} are the mask of no image in a split: {', '.join(unused[:8])}"
-            f"{more}. The mask of a/1.jpg is a/1.png."
+            f"{len(unused):,} files in {settings.masks} are the mask of no image in a split: {some(unused)}. The mask "
+            "of a/1.jpg is a/1.png."
         )
     if others:
         notes.append(left_alone(others, settings.images))

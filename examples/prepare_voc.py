@@ -19,6 +19,7 @@ try:
     from recipe.data import IGNORE, Item, decoding, read_image
     from recipe.files import write_text
     from recipe.prepare import Done, Summary, claim, command, digest, saved_mask, work
+    from recipe.progress import some
     from rich.console import Console
     from scipy.io import loadmat
 except ImportError as error:
@@ -152,7 +153,7 @@ def run(settings: Settings, console: Console) -> int:
     notes = [f"{drawn:,} images have no XML annotation: their labels come from the mask."] if drawn else []
     borrowed = [each.name for each in done.values() if each.note == "image"]
     if borrowed:
-        notes.append(f"{len(borrowed):,} images are not in JPEGImages; SBD's are used: {', '.join(borrowed[:8])} ...")
+        notes.append(f"{len(borrowed):,} images are not in JPEGImages; SBD's are used: {some(borrowed)}")
     return summary.finish("prepare_voc", used, notes)
 
 

@@ -31,7 +31,7 @@ try:
     from recipe.files import open_folder, write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
     from recipe.prepare import command, counter
-    from recipe.progress import say
+    from recipe.progress import say, some
     from recipe.weights import Trained, examples_for, load_weights, versions
     from recipe.words import as_spelt
     from rich.console import Console
@@ -211,9 +211,8 @@ def unseen(album: Album) -> list[str]:
     source, said = album.source, []
     looked = {source.name(found.index) for found in album.found} | album.left_out.keys()
     if rest := [name for name in source.named if name not in looked]:
-        more = ", ..." if len(rest) > 8 else ""
         files = f"{len(rest):,} of {len(source.named):,} files named by --images"
-        said.append(f"not looked at: {files}, for --count is {album.settings.count}: {', '.join(rest[:8])}{more}")
+        said.append(f"not looked at: {files}, for --count is {album.settings.count}: {some(rest)}")
     if source.others:
         said.append(left_alone(source.others, "--images"))
     return said

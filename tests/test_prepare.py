@@ -21,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
 from recipe.prepare import class_table
+from recipe.progress import some
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
 from rich.console import Console
 from scipy.io import savemat
@@ -347,7 +348,8 @@ def test_a_mended_file_is_taken_up_by_the_next_run(voc, monkeypatch):
 def test_an_image_that_voc_lacks_comes_from_sbd(voc, monkeypatch, capsys):
     shutil.move(voc["voc"] / "JPEGImages/d.jpg", voc["sbd"] / "dataset/img/d.jpg")
     assert run(monkeypatch, prepare_voc, **voc) == 0
-    assert "1 images are not in JPEGImages; SBD's are used: d" in one_line(capsys.readouterr().out)
+    said = one_line(capsys.readouterr().out)
+    assert "1 images are not in JPEGImages; SBD's are used: d" in said and "..." not in said
     assert read_split(voc["out"], "train").items[2].image == (voc["sbd"] / "dataset/img/d.jpg")
 
 
@@ -855,6 +857,11 @@ def test_a_mask_whose_name_is_no_unicode_is_named_and_the_run_recorded(mine, tmp
     assert r"the mask of no image in a split: x\udcff.png. " in one_line(capsys.readouterr().out)
     record = json.loads((mine["out"] / "prepare.json").read_text())
     assert sum(row["images"] for row in record["report"].values()) == 5
+
+
+def test_of_many_names_eight_are_said_and_that_there_are_more():
+    assert some([*"abcdefgh"]) == "a, b, c, d, e, f, g, h" and some([]) == ""
+    assert some([*"abcdefghi"]) == "a, b, c, d, e, f, g, h, ..."
 
 
 def test_the_report_of_a_folder_without_masks_has_no_row_about_them(mine, monkeypatch, capsys):

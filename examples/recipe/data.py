@@ -30,6 +30,7 @@ from torchvision.transforms import v2
 from ffr.draw import load_label
 from recipe.config import Config
 from recipe.files import write_text
+from recipe.progress import some
 from recipe.scenes import CLASSES, Scenes, make_scenes
 
 IGNORE = 255
@@ -235,10 +236,8 @@ def read_mask(path: str | Path, num_labels: int, size: tuple[int, int] | None = 
 def left_alone(others: Sequence[Path], where: object) -> str:
     """Say which files were passed over, for they are not called like an image."""
     kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
-    listed = ", ".join(f"{suffix} {count:,}" for suffix, count in kinds.most_common(8))
-    more = ", ..." if len(kinds) > 8 else ""
-    read = " ".join(sorted(SUFFIXES))
-    return f"{len(others):,} other files in {where} are left alone ({listed}{more}); read are {read}."
+    listed = some([f"{suffix} {count:,}" for suffix, count in kinds.most_common()])
+    return f"{len(others):,} other files in {where} are left alone ({listed}); read are {' '.join(sorted(SUFFIXES))}."
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ffr import crf
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
 from recipe.files import open_folder, write_text
-from recipe.progress import Screen, say
+from recipe.progress import Screen, say, some
 
 RECORD = "prepare.json"
 ROWS = {
@@ -318,8 +318,7 @@ class Summary:
             if none := [name for name, count in counts.items() if not count]:
                 notes.append(f"{split}: no image shows {', '.join(none)}.")
         if single := [name for name, counts in per_class.items() if sum(counts) == 1]:
-            more = ", ..." if len(single) > 8 else ""
-            notes.append(f"shown by a single image: {', '.join(single[:8])}{more}. Check the spelling.")
+            notes.append(f"shown by a single image: {some(single)}. Check the spelling.")
         for what, problems in (("left out", self.problems), ("mask left out", self.masks)):
             notes += [f"{what}: {name}: {problem}" for name, problem in list(problems.items())[:SHOWN]]
             if len(problems) > SHOWN:
