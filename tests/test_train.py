@@ -32,6 +32,7 @@ from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import fill, load_weights, save_weights
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ffr.draw import save_label
 
@@ -172,7 +173,8 @@ def test_a_run_leaves_weights_checkpoints_and_logs(whole):
         "best.safetensors", "checkpoint-00000006.pt", "checkpoint-00000008.pt", "last.safetensors", "log.jsonl",
         "tensorboard",
     ]  # fmt: skip
-    assert any((whole / "tensorboard").iterdir())
+    curves = EventAccumulator(str(whole / "tensorboard")).Reload().Tags()["scalars"]
+    assert {curve.partition("/")[0] for curve in curves} == {"train", "val", "high_band_share"}
     terms = logged(whole)
     assert [line["step"] for line in terms] == list(range(1, 9))
     for name in ("total", "cls", "cls_inter", "seg", "seg_high", "rect", "aff", "ignored", "foreground", "selected"):
@@ -224,6 +226,8 @@ def test_a_run_too_short_for_its_schedule_says_what_it_leaves_out_and_calls_no_r
     assert "--warmup 5 is not over in --steps 4: --lr is never reached. Lower it." in said
     assert "in percent: CAM mIoU" in said and "segmentation mIoU" not in said
     assert not (out / "best.safetensors").exists() and (out / "last.safetensors").exists()
+    assert run(monkeypatch, out=tmp_path / "other", steps=2, val_every=0, seg_start=0, w_seg=0.0) == 0
+    assert "segmentation mIoU" not in capsys.readouterr().out and not (tmp_path / "other/best.safetensors").exists()
     off = Config(steps=4, w_seg=0, lambda_l=0, w_reg=0, w_aff=0, warmup=3)
     assert train.never_reached(off) == []
     start = f"--seg-start {off.seg_start} is not reached in --steps 4: there is no rectification"
@@ -338,25 +342,28 @@ def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
     assert [line["step"] for line in logged(out, "run")] == [0, at]
 
 
+@pytest.mark.parametrize("at", [4, 8])
 @pytest.mark.parametrize("cut_off", ["before its scores", "before they are in the checkpoint"])
-def test_a_run_cut_off_in_a_validation_makes_it_up_when_it_goes_on(cut_off, whole, monkeypatch, tmp_path):
-    out, save = tmp_path / "run", train.Run.save
+def test_a_run_cut_off_in_a_validation_makes_it_up_when_it_goes_on(cut_off, at, whole, monkeypatch, tmp_path):
+    out, save, validate = tmp_path / "run", train.Run.save, train.Run.validate
 
-    def scored(*args, **how):
-        raise KeyboardInterrupt
+    def scored(self, done):
+        if done == at:
+            raise KeyboardInterrupt
+        validate(self, done)
 
     def saved(self, done):
-        if done == 4 and not self.owed:
+        if done == at and not self.owed:
             raise KeyboardInterrupt
         save(self, done)
 
     with monkeypatch.context() as patch:
         if cut_off == "before its scores":
-            patch.setattr(train, "evaluate", scored)
+            patch.setattr(train.Run, "validate", scored)
         else:
             patch.setattr(train.Run, "save", saved)
         assert run(patch, out=out) == 130
-    assert checkpoint.checkpoints(out)[0].name == "checkpoint-00000004.pt"
+    assert checkpoint.checkpoints(out)[0].name == f"checkpoint-0000000{at}.pt"
     assert run(monkeypatch, out=out, resume=True) == 0
     for kind in ("val", "high_band_share"):
         assert logged(out, kind) == logged(whole, kind)
