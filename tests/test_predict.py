@@ -145,6 +145,10 @@ def test_a_large_image_is_shrunk_for_the_network_and_its_label_enlarged(command,
 def test_of_equal_scores_the_first_counts_at_any_size():
     scores = torch.tensor([[[1.0]], [[2.0]], [[2.0]]]).expand(3, 2, 2)
     assert (script.best_label(scores, (2, 2)) == 1).all() and (script.best_label(scores, (5, 7)) == 1).all()
+    lower = torch.full((3, 3), 0.7)  # mixing rounds it and the next number to the same, here and there
+    scores = torch.stack([lower, lower.nextafter(torch.tensor(1.0))])
+    whole = torch.stack([script.enlarged(channel, (7, 5)) for channel in scores])
+    assert torch.equal(script.best_label(scores, (7, 5)), whole.argmax(0).byte())
 
 
 def test_a_label_that_is_best_nowhere_may_be_so_between_two_pixels_and_one_below_another_never():
@@ -400,6 +404,9 @@ def test_files_that_are_no_images_are_counted_by_their_suffix(command, photos, t
         assert "5 other files" in command(photos, out="photos/out")[1]
     code, said = command(photos / "a/x.png", out="one")
     assert code == 0 and "left alone" not in said
+    named = photos / "notes.txt"  # taken at its word
+    found, others = script.find([str(photos), str(named)], tmp_path / "new")
+    assert named in found and named not in others and photos / "small.gif" in others
 
 
 def test_pictures_below_the_output_are_no_input(command, photos, tmp_path):

@@ -754,6 +754,15 @@ def test_labels_and_lists_that_have_changed_are_named(mine, tmp_path, monkeypatc
     assert read_split(mine["out"], "train").classes == ("cat", "rocket")
 
 
+def test_a_new_folder_of_a_class_is_a_change(mine, monkeypatch, capsys):
+    assert run(monkeypatch, prepare_folder, **mine) == 0
+    photo(mine["images"] / "b/more.jpg", 8, 8)
+    assert run(monkeypatch, prepare_folder, **mine) == 0
+    photo(mine["images"] / "aa/new.jpg", 8, 8)  # b has another number by it
+    assert run(monkeypatch, prepare_folder, **mine) == 2
+    assert "files (classes was ['a', 'b'], now ['a', 'aa', 'b']). Name a new" in capsys.readouterr().err
+
+
 def test_an_image_may_be_listed_by_another_suffix(mine, tmp_path, monkeypatch):
     listed = ["a/one.JPG", "a/two words.v2.jpg", "b/sub/drei ü.jpg", "b/四.Jpeg", "b/5.jpeg"]
     (tmp_path / "l.json").write_text(json.dumps({name: ["x"] for name in listed}))
@@ -839,6 +848,17 @@ def test_masks_follow_the_names_and_the_order_of_the_classes(mine, tmp_path, mon
     assert report["val"]["label_unseen"] == 1 and report["val"]["mask_unlabelled"] == 0
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_mask_may_spell_its_accents_in_another_way_than_its_image(forms, tmp_path, monkeypatch):
+    image, mask = (unicodedata.normalize(form, "a/über") for form in forms)
+    photo(tmp_path / f"photos/{image}.jpg", 8, 12)
+    photo(tmp_path / "photos/a/2.jpg", 8, 12)
+    label(tmp_path / f"masks/{mask}.png", np.ones((8, 12)))
+    where = {"images": tmp_path / "photos", "masks": tmp_path / "masks", "out": tmp_path / "out"}
+    assert run(monkeypatch, prepare_folder, **where, val_fraction=0) == 0
+    assert [item.name for item in read_split(tmp_path / "out", "train").items if item.mask] == [image]
+
+
 def test_masks_may_end_in_capitals_and_those_that_fit_no_image_are_named(mine, tmp_path, monkeypatch, capsys):
     label(tmp_path / "masks/a/one.PNG", np.ones((8, 12)))
     label(tmp_path / "masks/five.png", np.ones((8, 12)))
@@ -892,6 +912,7 @@ def test_a_hurt_mask_of_ones_own_is_named_and_untouched_and_its_image_stays(kind
     assert all(item.mask is None for item in items)
     record = json.loads((mine["out"] / "prepare.json").read_text())
     assert list(record["masks_left_out"]) == ["a/one"] and record["left_out"] == {}
+    assert {row["masks_kept"] for row in record["report"].values()} == {0, None}  # 0 where its mask is
     assert state(tmp_path / "masks") == before
 
 

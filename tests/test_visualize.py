@@ -478,6 +478,9 @@ def test_a_broken_image_is_left_out_and_named(weights, monkeypatch, tmp_path, ca
     assert run_main(monkeypatch, *arguments) == 1
     assert "bad.png" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out" / "figure4.json").read_text())["left_out"]) == [str(tmp_path / "bad.png")]
+    named = ("--weights", weights, "--images", tmp_path / "bad.png", tmp_path / "good.png", *arguments[4:])
+    assert run_main(monkeypatch, *named) == 1
+    assert "left out: " in (said := capsys.readouterr().out) and "not looked at" not in said
     (tmp_path / "good.png").unlink()  # the figures of the first run are no images of ours
     assert run_main(monkeypatch, *arguments) == 2
     assert "no image could be read" in capsys.readouterr().err
