@@ -30,6 +30,7 @@ try:
     from recipe.evaluation import CHOSEN, Protocol, evaluate_all
     from recipe.files import write_text, written
     from recipe.prepare import command, counter, digest
+    from recipe.progress import say
     from recipe.weights import Trained, examples_for, load_weights, versions
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -241,19 +242,19 @@ def finish(
     if settings.per_class:
         console.print(per_class(trained.classes, rows))
     for note in notes(settings, data, rows):
-        console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"- {note}")
     where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
     record = {"classes": trained.classes, "rows": rows, "computed_on": where}
     old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
-    write_text(settings.out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(settings.out, json.dumps(record, indent=2) + "\n")  # ASCII: names may be no Unicode
     lost = "" if old is None or old[:3] == new[:3] else f", replacing the figures of {old[3]} on {old[0]} of {old[1]}"
-    console.print(f"wrote {settings.out}{lost}", soft_wrap=True, markup=False)
+    say(console, f"wrote {settings.out}{lost}")
     if settings.submission is not None:
-        console.print(
+        say(
+            console,
             f"wrote the label maps of {settings.rows[-1]} to {settings.pictures()}; for the server: "
             f"tar czf results.tgz -C {settings.submission} results",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+        )
 
 
 def subject(path: Path) -> tuple[str, str, str, str] | None:

@@ -39,7 +39,7 @@ from recipe.data import evaluation_data, training_data
 from recipe.engine import Diverged, Trainer
 from recipe.evaluation import Protocol, computing, evaluate
 from recipe.files import alone, open_folder, written
-from recipe.progress import Screen, progress
+from recipe.progress import Screen, progress, say
 from recipe.weights import save_weights, versions
 
 from ffr import FFR
@@ -333,7 +333,7 @@ class Run:
         if self.main and error:
             print(text, file=sys.stderr)
         elif self.main:
-            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            say(self.console, text)
 
     def _stopped(self, signals: list[int], reading: bool) -> int:
         """The signal that came, if any; several ranks agree on it where they read the terms anyway."""

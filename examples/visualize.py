@@ -277,11 +277,11 @@ def run(settings: Settings, console: Console) -> int:
                     save(part)
             except OSError as error:
                 raise ValueError(f"--out: cannot write {path} ({error.strerror or error}).") from error
-            console.print(f"wrote {path}", soft_wrap=True, markup=False)
+            say(console, f"wrote {path}")
     if 4 in settings.figures:
         path = settings.out / "figure4.json"
         write_text(path, json.dumps(record_of(album), indent=2) + "\n")  # ASCII: names may be no Unicode
-        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+        say(console, f"wrote {path}")
     for name, problem in list(album.left_out.items())[:SHOWN]:
         say(console, f"- left out: {name}: {problem}")
     for said in unseen(album):

@@ -644,6 +644,15 @@ def test_the_json_is_written_where_nobody_reads_the_table_to_its_end(weights, fo
     assert json.loads(out.read_text())["rows"]["single"]["images"]["looked_at"] == 2
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode")
+def test_folders_whose_name_is_no_unicode_are_scored_and_recorded(command, folder, tmp_path):
+    data, out = tmp_path / os.fsdecode(b"\xff"), tmp_path / os.fsdecode(b"\xfe.json")
+    data.symlink_to(folder.split.items[0].image.parent)
+    code, said, _ = command("--rows", "single", data=data, out=out)
+    assert code == 0 and r"\udcfe.json" in said
+    assert json.loads(out.read_text())["rows"]["single"]["protocol"]["data"].endswith(data.name)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(weights, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--weights", str(weights), "--device", "cuda"])

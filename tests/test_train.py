@@ -371,6 +371,12 @@ def test_a_run_cut_off_in_a_validation_makes_it_up_when_it_goes_on(cut_off, at, 
         assert same_weights(out / name, whole / name)
 
 
+def test_an_output_whose_name_is_too_long_is_refused_by_its_flag(monkeypatch, tmp_path, capsys):
+    out = tmp_path / ("x" * 300)
+    assert run(monkeypatch, out=out) == 2
+    assert f"train: --out: cannot write to {out} (File name too long). Name another" in capsys.readouterr().err
+
+
 def test_ranks_wait_until_a_checkpoint_is_there(monkeypatch, tmp_path):
     """A launcher ends all of them half a minute after the first."""
     seen = []

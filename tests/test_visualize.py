@@ -395,11 +395,12 @@ def test_the_figures_say_how_many_images_were_looked_at_and_which(weights, monke
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are Unicode")
-def test_a_name_that_is_no_unicode_is_recorded(weights, monkeypatch, tmp_path):
+def test_a_name_that_is_no_unicode_is_recorded(weights, monkeypatch, tmp_path, capsys):
     path = picture(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
-    arguments = ("--weights", weights, "--images", tmp_path, "--figures", 4, "--out", tmp_path / "out")
-    assert run_main(monkeypatch, *arguments) == 0
-    assert json.loads((tmp_path / "out" / "figure4.json").read_text())["looked_at"] == [str(path)]
+    out = tmp_path / os.fsdecode(b"\xfe")
+    assert run_main(monkeypatch, "--weights", weights, "--images", tmp_path, "--figures", 4, "--out", out) == 0
+    assert r"\udcfe/figure4.json" in capsys.readouterr().out
+    assert json.loads((out / "figure4.json").read_text())["looked_at"] == [str(path)]
 
 
 def test_fig_1_calls_selected_what_changes_either_way(trained, scene):
