@@ -1,6 +1,7 @@
 """Pixel-adaptive refinement: speed and memory against the usual form, and what it does to masks of real photographs.
 
     python benchmarks/refinement.py
+    python benchmarks/refinement.py --pseudo-label        # of two images, K = 80, with and without max_present
     python benchmarks/refinement.py --coco /data/coco     # annotations/instances_val2017.json, val2017/
 
 The usual form gathers the neighbours by convolution with one-hot kernels, 48 times the size of what it refines; it is
@@ -28,11 +29,12 @@ from torch.nn import functional as F
 
 from ffr.crf import DenseCRF
 from ffr.metrics import ConfusionMatrix
-from ffr.refine import PixelAdaptiveRefinement
+from ffr.refine import PixelAdaptiveRefinement, refine_label
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 RING = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 CONFIDENCE = 0.7
+PSEUDO = (448, 80)  # side of the image and K of --pseudo-label
 CASES = ((224, 2), (448, 2), (448, 6), (448, 21))  # side of the image, channels of the scores
 
 
@@ -42,6 +44,8 @@ class Arguments:
 
     coco: Path | None = None
     """folder of COCO (annotations/, val2017/): measures quality on real photographs, not speed"""
+    pseudo_label: bool = False
+    """measure `refine_label` against the usual loop over images and present classes"""
     split: str = "val2017"
     limit: int = 0
     """images of COCO, 0 for all"""
@@ -123,6 +127,51 @@ def speed(arguments: Arguments) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def looped(images: Tensor, cam: Tensor, labels: Tensor, high: float, low: float, iterations: int) -> Tensor:
+    """The pseudo label in the usual form: image by image, its present classes alone, once for each threshold."""
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+    out = []
+    for image, maps, present in zip(images, cam, labels, strict=True):
+        keys = torch.cat([torch.zeros_like(present[:1]), 1 + present.nonzero().flatten()]).long()
+        pixels, found = resize(image[None], scale_factor=0.5), []
+        for threshold in (high, low):
+            stack = torch.cat([torch.full_like(maps[:1], threshold), maps[present > 0]])[None]
+            refined = usual(pixels, resize(stack, scale_factor=0.5).softmax(1), iterations)
+            found.append(keys[resize(refined, size=image.shape[1:])[0].max(0).indices])
+        out.append(torch.where(found[0] > 0, found[0], torch.where(found[1] > 0, 255, 0)))
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def pseudo_label(arguments: Arguments) -> list[dict[str, Any]]:
+    """`refine_label` of an image of one class and one of two, with and without a bound on those present."""
+    side, classes = PSEUDO
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3 + classes, side // 8, side // 8, generator=generator)
+    full = F.interpolate(coarse, size=(side, side), mode="bilinear").to(arguments.device)
+    labels = torch.zeros(2, classes, device=arguments.device)
+    labels[0, 1] = labels[1, [0, classes - 1]] = 1
+    images, cam = full[:, :3], full[:, 3:] * labels[:, :, None, None]
+    settings = {"high": 0.7, "low": 0.25, "refinement": PixelAdaptiveRefinement(DILATIONS, arguments.iterations)}
+    functions = {
+        f"max_present={most}": partial(refine_label, images, cam, labels, max_present=most, **settings)
+        for most in (2, None)
+    }
+    functions["loop"] = partial(looped, images, cam, labels, 0.7, 0.25, arguments.iterations)
+    wanted = functions["loop"]()
+    times = harness.measure(functions, rounds=arguments.rounds, warmup=1, device=arguments.device)
+    return [
+        {
+            "form": name,
+            "times_faster": harness.ratio(times, "loop", name)._asdict(),
+            "labels_that_differ": int((functions[name]() != wanted).sum()),
+            "labels": wanted.numel(),
+        }
+        for name in functions
+        if name != "loop"
+    ]
 
 
 def coco_masks(root: Path, split: str, limit: int) -> list[tuple[Path, Tensor]]:
@@ -224,6 +273,22 @@ def show_speed(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     harness.table("Against the one-hot convolution", columns, cells, [note])
 
 
+def show_pseudo_label(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> None:
+    """The table of pseudo labels."""
+    cells = [
+        (row["form"], harness.Ratio(**row["times_faster"]), f"{row['labels_that_differ']} of {row['labels']:,}")
+        for row in rows
+    ]
+    side, classes = PSEUDO
+    note = (
+        f"{harness.name_of(arguments.device)}, {arguments.threads} thread(s), two images of {side} x {side} with one "
+        f"and two classes of {classes}, both thresholds, {arguments.iterations} iterations; {arguments.rounds} "
+        "interleaved rounds, median and quartiles of the ratios. The loop refines the present classes of one image "
+        "after the other, by one-hot convolution."
+    )
+    harness.table("refine_label against the usual loop", ("form", "times faster", "labels that differ"), cells, [note])
+
+
 def show_quality(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> None:
     """The table of mIoU and time."""
     cells = [(row["step"], f"{row['miou_percent']:.1f}", f"{row['median_seconds']:.2f}") for row in rows]
@@ -240,7 +305,11 @@ def main() -> int:
     """Run from the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    if arguments.coco is None:
+    if arguments.pseudo_label:
+        rows = pseudo_label(arguments)
+        show_pseudo_label(arguments, rows)
+        subject = "pseudo-label"
+    elif arguments.coco is None:
         rows = speed(arguments)
         show_speed(arguments, rows)
         subject = "refinement"

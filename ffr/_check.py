@@ -36,7 +36,11 @@ def bind(
     known = dict(sizes or {})
     for name, (tensor, pattern) in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{owner}: expected `{name}` to be a torch.Tensor, got {type(tensor).__name__}.")
+            kind = type(tensor).__name__
+            convert = f"Convert it with torch.as_tensor(np.asarray({name}))"
+            if name == "labels":  # so often class indices that the shape comes first
+                convert = "Pass multi-hot rows, (B, K): 1 for every class of the image, else 0"
+            raise TypeError(f"{owner}: expected `{name}` to be a torch.Tensor, got {kind}. {convert}.")
         axes = pattern.split()
         fits = tensor.ndim == len(axes)
         found: dict[str, int] = {}
@@ -108,9 +112,13 @@ def within(
     for name, value in values.items():
         if isinstance(value, Tensor) or not _number(value, whole):
             wanted = "an integer" if whole else "a number"
-            if isinstance(value, Tensor):
-                remedy = remedy or "A tensor of one value is read by .item(); for a value an image, call image by image"
-            raise TypeError(f"{owner}: expected `{name}` to be {wanted}, got {value!r}.{_sentence(remedy)}")
+            shown, read = repr(value), ""
+            if isinstance(value, Tensor):  # its values stay unread
+                shown = f"a tensor of shape {tuple(value.shape)}"
+                read = "A tensor of one value is read by .item(); for a value an image, call image by image"
+            raise TypeError(
+                f"{owner}: expected `{name}` to be {wanted}, got {shown}.{_sentence(read)}{_sentence(remedy)}"
+            )
         if not at_least <= value <= at_most:
             raise ValueError(
                 f"{owner}: expected `{name}` in [{at_least:g}, {at_most:g}], got {value!r}.{_sentence(remedy)}"
@@ -129,12 +137,13 @@ def pair(owner: str, /, **values: tuple[int, int]) -> None:
     for name, value in values.items():
         if isinstance(value, (int, float)) or len(value) != 2 or not all(_number(side, whole=True) for side in value):
             raise ValueError(f"{owner}: expected `{name}` of two integers, (height, width), got {value!r}.")
+        within(owner, at_least=1, **{name: min(value)})
 
 
 def factors(owner: str, scales: Sequence[float], /) -> None:
     """Refuse no scales, and such as are not above 0."""
-    if not scales:
-        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
+    if not isinstance(scales, Sequence) or not scales:
+        raise ValueError(f"{owner}: expected `scales` with at least one factor, such as (1.0, 0.5), got {scales!r}.")
     for scale in scales:
         within(owner, scales=scale, at_least=1e-3, at_most=100.0)
 
@@ -188,6 +197,8 @@ def tokens(
             remedy = f"`grid` is {height} x {width} = {height * width} tokens: drop prefix tokens, or correct `grid`"
             if tensor.shape[1] == height * width:  # another axis is wrong, and the shapes say which
                 remedy = ""
+            elif tensor.shape[2] == height * width:
+                remedy = "The channels lie before the tokens: bring them to (B, N, D) with .transpose(1, 2)"
             elif 0 <= (prefix := tensor.shape[0] - height * width) <= 8 < abs(tensor.shape[1] - height * width):
                 remedy = "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1)"
                 remedy += f", without {prefix} prefix token(s)" if prefix else ""
@@ -198,9 +209,12 @@ def tokens(
             remedy = "For tokens (B, N, D) pass grid=(h, w)" if getattr(tensor, "ndim", 0) == 3 else ""
             known = bind(owner, sizes=known, remedy=remedy, **{name: (tensor, "B D h w")})
             if grid is not None and (known["h"], known["w"]) != tuple(grid):
+                remedy = "Correct `grid`, or leave it out for maps"
+                if tensor.shape[1:3] == tuple(grid):
+                    remedy = "The channels lie last: bring them to (B, D, h, w) with .permute(0, 3, 1, 2)"
                 raise ValueError(
-                    f"{owner}: expected `grid` ({known['h']}, {known['w']}) as in `{name}`, got {tuple(grid)}. "
-                    "Leave `grid` out for maps."
+                    f"{owner}: expected `grid` ({known['h']}, {known['w']}) as in `{name}`, got {tuple(grid)}."
+                    f"{_sentence(remedy)}"
                 )
             out.append(tensor.flatten(2).transpose(1, 2))
         floating(owner, **{name: tensor})

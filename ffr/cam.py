@@ -109,7 +109,7 @@ def normalize_cam(raw: Tensor, *, labels: Tensor | None = None, mask: Tensor | N
 
     Returns:
         ``(B, K, h, w)`` in [0, 1]. The peak of a map is exactly 1; a map that is flat after ReLU, to a millionth of
-        its peak, gives zeros.
+        its peak, gives zeros. A present class whose map holds NaN or inf has NaN.
 
     Raises:
         ValueError: if `labels` has another shape than ``(B, K)``, or `mask` than ``(B, h, w)``.
@@ -133,7 +133,7 @@ def normalize_cam(raw: Tensor, *, labels: Tensor | None = None, mask: Tensor | N
     low, peak = lowest.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
     span = peak - low
     # Up-sampling a flat map leaves a few units of rounding, which must not be stretched to a CAM.
-    keep = varied = span > 1e-6 * peak
+    keep = varied = ~((span <= 1e-6 * peak) & (peak < torch.inf))  # put so that what is not finite stays visible
     if labels is not None:
         _check.bind(owner, sizes=sizes, labels=(labels, "B K"))
         keep = varied & (labels > 0.5)[:, :, None, None]
@@ -330,7 +330,7 @@ def cam_to_label(
         cam = torch.where((labels > 0.5)[:, :, None, None], cam, 0)
     score, index = cam.max(1)
     label = torch.where(score > high, index + 1, ignore_index)
-    return torch.where(score > low, label, 0)
+    return torch.where(score <= low, 0, label)  # NaN is undecided, not background
 
 
 def label_to_cam(label: Tensor, *, num_classes: int) -> Tensor:
@@ -415,9 +415,11 @@ def present_classes(labels: Tensor, max_present: int | None = None) -> tuple[Ten
         ids, int64 ``(B, m)``, distinct per image; present, bool ``(B, m)``.
     """
     count = labels.shape[1]
-    wanted = count if max_present is None else max_present
-    remedy = f"`labels` has K={count} classes"
-    _check.within("present_classes", whole=True, max_present=wanted, at_most=count, remedy=remedy)
+    wanted = count
+    if max_present is not None:
+        remedy = f"`labels` has K={count} classes"
+        _check.within("present_classes", whole=True, max_present=max_present, at_most=count, remedy=remedy)
+        wanted = max_present
     wanted = max(1, wanted)  # a batch of background alone has the bound 0; no class at all would be an empty tensor
     present, ids = (labels > 0.5).to(torch.uint8).sort(dim=1, descending=True, stable=True)
     return ids[:, :wanted], present[:, :wanted] > 0

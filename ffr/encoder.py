@@ -136,9 +136,19 @@ class TimmEncoder(nn.Module):
     def blocks(self, images: Tensor, indices: list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Encode `images`, and look inside: the final map, and those after the blocks `indices`, not normed.
 
-        None: after every block. Maps are ``(B, embed_dim, h, w)`` without prefix tokens, in order of depth.
+        None: after every block. Maps are ``(B, embed_dim, h, w)`` without prefix tokens, in order of depth. Indices
+        count from the end if negative, and name a block once.
         """
         owner = "TimmEncoder"
+        count = len(self.model.feature_info)
+        if indices is not None and not (
+            isinstance(indices, Sequence)
+            and 0 < len(indices) == len({index % count for index in indices if -count <= index < count})
+        ):
+            raise ValueError(
+                f"{owner}: expected `indices` to name blocks of {-count}..{count - 1}, each once, got {indices!r}. "
+                "Pass a list, or None for every block."
+            )
         size = _check.bind(owner, images=(images, "B 3 H W"))
         _check.pixels(owner, images=images)
         if images.dtype == torch.uint8:

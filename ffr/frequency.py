@@ -38,7 +38,8 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
 
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`; any floating dtype.
-        mu: cut-off in cycles per token, in [0, 0.5]. 0 keeps the mean alone, 0.5 (Nyquist) keeps everything.
+        mu: cut-off in cycles per token, in [0, 0.5]. 0 keeps the mean alone, 0.5 (Nyquist) keeps everything. A
+            frequency k / n belongs to the low band up to ``mu * n + 1e-5``, so that mu may be a rounded k / n.
         grid: ``(h, w)`` with ``h * w = N``, for tokens.
 
     Returns:
@@ -62,7 +63,7 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     _check.within(owner, mu=mu, at_most=0.5, remedy="mu is in cycles per token; 0.5 is the Nyquist frequency")
     # index: a size that torch.compile holds as a symbol becomes a number, one graph per grid
     h, w = index(sizes["h"]), index(sizes["w"])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A mu that changes between calls is a symbol as well. Of all that keep the same, the least is made of numbers.
         return _as_graph(features, max(index(passed(h, mu)) / h, index(passed(w, mu)) / w), h, w)
     return Bands(*_Split.apply(features, mu, h, w))
@@ -280,7 +281,7 @@ def _plain(x: Tensor) -> bool:
 
 def passed(size: int, mu: float) -> int:
     """Highest frequency, in cycles per `size` tokens, that the low band keeps."""
-    return math.floor(mu * size + 1e-9)  # the tolerance keeps 29 of 0.29 * 100
+    return math.floor(mu * size + 1e-5)  # the tolerance keeps 29 of 0.29 * 100, and 9 of 28 times a float32 9 / 28
 
 
 def _matrices(
@@ -304,8 +305,7 @@ def _matrix(size: int, mu: float, dtype: torch.dtype, device: torch.device, plai
 @lru_cache(maxsize=64)
 def _cached_projection(size: int, cycles: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthogonal projection (size, size) on the frequencies 0..cycles."""
-    vectors = _waves(size, 0, cycles)
-    return _as_tensor(vectors @ vectors.T, dtype, device)
+    return _as_tensor(_projection(size, cycles), dtype, device)
 
 
 @lru_cache(maxsize=64)
@@ -313,14 +313,20 @@ def _cached_operand(size: int, cycles: int, dtype: torch.dtype, device: torch.de
     """The same projection for the fused kernel."""
     from ffr import _frequency_kernel
 
-    vectors = _waves(size, 0, cycles)
-    return _as_tensor(_frequency_kernel.operand(vectors @ vectors.T, dtype), dtype, device)
+    return _as_tensor(_frequency_kernel.operand(_projection(size, cycles), dtype), dtype, device)
 
 
 @lru_cache(maxsize=64)
 def _cached_basis(size: int, first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal basis (size, rank) of the frequencies first..last."""
     return _as_tensor(_waves(size, first, last), dtype, device)
+
+
+def _projection(size: int, cycles: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if 2 * cycles >= size - 1:  # all of them: exactly nothing is high, not a rounding of it
+        return np.eye(size)
+    vectors = _waves(size, 0, cycles)
+    return vectors @ vectors.T
 
 
 def _waves(size: int, first: int, last: int) -> np.ndarray[Any, np.dtype[np.float64]]:

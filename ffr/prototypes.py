@@ -12,7 +12,10 @@ from ffr.cam import present_classes, put_classes, take_classes, whole_patches
 
 
 class Prototypes(NamedTuple):
-    """One vector per class; where ``valid`` is False the class is absent or has no seed, and the vector is zero."""
+    """One vector per class; where ``valid`` is False the class is absent or has no seed, and the vector is zero.
+
+    A CAM that holds NaN or inf has no seed.
+    """
 
     vectors: Tensor
     valid: Tensor
@@ -40,7 +43,8 @@ def class_prototypes(
 
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`.
-        cam: ``(B, K, H, W)`` of any size, on the grid or at pixels; it is taken to cover the whole grid.
+        cam: ``(B, K, H, W)`` of any size, on the grid or at pixels; it is taken to cover the whole grid. Sides in the
+            proportion of w to h, and not of h to w, are refused: somewhere they were exchanged.
         labels: multi-hot ``(B, K)``, any dtype, present means > 0.5.
         seed_threshold: t, in [0, 1]. 0 gives the mean of all tokens weighted by the CAM.
         mask: bool ``(B, h, w)``, False leaves a token out.
@@ -69,7 +73,9 @@ def class_prototypes(
     """
     owner = "class_prototypes"
     (tokens,), sizes = _check.tokens(owner, grid=grid, features=features)
-    sizes = _check.bind(owner, sizes=sizes, cam=(cam, "B K H W"), labels=(labels, "B K"))
+    sizes = _check.bind(owner, sizes=sizes, cam=(cam, "B K H W"))
+    remedy = f"`cam` is (B, K, H, W), here {tuple(cam.shape)}"
+    sizes = _check.bind(owner, sizes=sizes, remedy=remedy, labels=(labels, "B K"))
     _check.floating(owner, cam=cam)
     _check.within(owner, seed_threshold=seed_threshold, at_most=1.0)
     if mask is not None:
@@ -77,6 +83,11 @@ def class_prototypes(
         _check.boolean(owner, mask=mask)
         features = features.masked_fill(~(mask[:, None] if features.ndim == 4 else mask.flatten(1)[..., None]), 0)
     h, w = sizes["h"], sizes["w"]
+    if h != w and cam.shape[2] * h == cam.shape[3] * w:
+        raise ValueError(
+            f"{owner}: expected `cam` with the proportions of the grid, {h} x {w}, got {cam.shape[2]} x "
+            f"{cam.shape[3]}. One of them has height and width exchanged: `grid` is (height, width)."
+        )
     patch = None if cam.shape[2:] == (h, w) else patch_size
     if patch is not None:
         _check.within(owner, at_least=1, whole=True, patch_size=patch)
@@ -96,8 +107,9 @@ def class_prototypes(
         if mask is not None:
             seeds = torch.where(mask.flatten(1)[:, None], seeds, 0)
         peak = seeds.amax(2, keepdim=True)
-        valid = present & (peak[..., 0] > 0)
-        seeds = seeds / torch.where(peak > 0, peak, 1)
+        seen = (peak > 0) & (peak < torch.inf)
+        valid = present & seen[..., 0]
+        seeds = seeds / torch.where(seen, peak, 1)
         seeds = torch.where((seeds >= seed_threshold) & valid[..., None], seeds, 0)
         # Dividing the weights, not the sum of tokens, keeps fp16 from overflowing.
         weights = seeds / torch.where(valid, seeds.sum(2), 1)[..., None]
@@ -175,7 +187,8 @@ def similarity_maps(
         max_present: an upper bound of the valid classes of one image, known on the host; the others then cost nothing.
 
     Returns:
-        ``(B, K, h, w)`` in [-1, 1]; 0 where the token or the prototype is zero.
+        ``(B, K, h, w)`` in [-1, 1] but for rounding (clamp before an arc cosine); 0 where the token or the prototype is
+        zero.
 
     Raises:
         ValueError: if a shape does not fit, or `max_present` comes without `valid`.

@@ -172,9 +172,9 @@ def rectification_loss(
         teacher = teacher.detach()
     with _check.no_autocast(tokens):
         if distance == "cosine":
-            # A product of two fp16 tokens would overflow; that of a token and a unit vector does not.
-            unit = (teacher * inverse_norm(teacher)[..., None]).to(tokens.dtype)
-            cosine = (tokens * unit).sum(-1, dtype=wide) * inverse_norm(tokens)
+            # Near 1 a cosine in half precision is rounding; in float32 a product of two fp16 tokens does not overflow.
+            unit = teacher * inverse_norm(teacher)[..., None]
+            cosine = (tokens * unit).sum(-1) * inverse_norm(tokens)
             apart = (1 - cosine).relu()  # rounding can lift a cosine above 1
         elif distance == "l1":
             apart = (tokens - teacher).abs().mean(-1, dtype=wide)

@@ -68,8 +68,10 @@ class PixelAdaptiveRefinement(nn.Module):
             ``(B, C, H, W)`` in the dtype of `scores`.
         """
         owner = "PixelAdaptiveRefinement"
-        remedy = "Resize the scores to the images first; the lineage's module does it with align_corners=True"
         sizes = _check.bind(owner, images=(images, "B 3 H W"))
+        remedy = ""
+        if isinstance(scores, Tensor) and scores.shape[2:] != images.shape[2:]:
+            remedy = "Resize the scores to the images first; the lineage's module does it with align_corners=True"
         _check.bind(owner, sizes=sizes, remedy=remedy, scores=(scores, "B C H W"))
         _check.pixels(owner, images=images)
         _check.floating(owner, scores=scores)

@@ -54,7 +54,7 @@ def test_energies_add_up_over_batches_and_constant_features_have_no_share():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8, 12)
     assert_close(band_energies(x, 0.2), band_energies(x[:1], 0.2) + band_energies(x[1:], 0.2), rtol=1e-6, atol=0)
-    assert_close(amplitudes(x, 4), amplitudes(x[:1], 4) + amplitudes(x[1:], 4), rtol=1e-6, atol=0)
+    assert_close(amplitudes(x)[1:], amplitudes(x[:1])[1:] + amplitudes(x[1:])[1:], rtol=1e-6, atol=0)
     assert high_share(band_energies(torch.full((1, 2, 4, 4), 7.0), 0.2)) == 0
     assert torch.isfinite(band_energies(torch.full((1, 2, 4, 4), 1000.0, dtype=torch.float16), 0.2)).all()
 
@@ -101,19 +101,34 @@ def test_an_encoder_of_ones_own_shows_its_two_maps():
     assert list(high_band_shares(model, torch.rand(1, 3, 32, 48))) == ["intermediate", "final"]
 
 
-@pytest.mark.parametrize(("cycles", "column"), [((0, 0), 0), ((1, 0), 1), ((3, 7), 7), ((14, 2), 14)])
-def test_a_wave_has_its_amplitude_in_the_column_of_its_higher_frequency(cycles, column):
-    sums = amplitudes(wave(cycles[0], other=cycles[1]), 14)
-    assert sums[0].argmax() == column
-    assert float(sums[0, column] / sums[0].sum()) == pytest.approx(1, abs=1e-6)
+@pytest.mark.parametrize(("cycles", "place"), [((0, 0), 0), ((1, 0), 1), ((3, 7), 7), ((14, 2), 14)])
+def test_a_wave_has_its_amplitude_at_the_higher_of_its_frequencies(cycles, place):
+    frequency, energy, count = amplitudes(wave(cycles[0], other=cycles[1]))
+    assert_close(frequency, torch.arange(15, dtype=torch.float64) / 28)
+    assert energy.argmax() == place
+    assert float(energy[place] / energy.sum()) == pytest.approx(1, abs=1e-6)
     # of a box of (2 j + 1)^2 frequencies, its rim; at Nyquist a row and a column are shared
-    assert sums[1].tolist() == [1, *((2 * j + 1) ** 2 - (2 * j - 1) ** 2 for j in range(1, 14)), 28**2 - 27**2]
+    assert count.tolist() == [1, *((2 * j + 1) ** 2 - (2 * j - 1) ** 2 for j in range(1, 14)), 28**2 - 27**2]
+
+
+def relative(features, bins):
+    return relative_log_amplitude({tuple(features.shape[2:]): amplitudes(features)}, bins)
 
 
 def test_the_relative_amplitude_by_hand():
-    assert relative_log_amplitude(amplitudes(10 + wave(0), 14))[0] == 0
+    assert relative(10 + wave(0), 14)[0] == 0
     # A cosine of amplitude 2 is two coefficients of 1 among the 16 on the rim of the box of two cycles.
-    logs = relative_log_amplitude(amplitudes(10 + 2 * wave(2), 14))
+    logs = relative(10 + 2 * wave(2), 14)
     assert logs[2] == pytest.approx(torch.tensor(2 / 16 / 100).log10().item() / 2, abs=1e-4)
     assert logs[5] is None or logs[5] < -6
-    assert relative_log_amplitude(amplitudes(torch.ones(1, 1, 4, 4), 14))[1] is None  # no such frequency in 4 tokens
+    assert relative(torch.ones(1, 1, 4, 4), 14)[1] is None  # no such frequency in 4 tokens
+
+
+def test_white_noise_is_flat_over_grids_of_several_sizes():
+    generator = torch.Generator().manual_seed(0)
+    grids = {
+        (h, w): torch.randn(n, 200, h, w, generator=generator) for h, w, n in ((40, 40, 1), (16, 16, 9), (20, 12, 4))
+    }
+    logs = relative_log_amplitude({grid: amplitudes(noise + 10) for grid, noise in grids.items()}, 6)
+    average = (1600 + 9 * 256 + 4 * 240) / 14
+    assert logs[1:] == pytest.approx([-1 - torch.tensor(average).log10().item() / 2] * 6, abs=0.01)

@@ -183,6 +183,17 @@ def test_a_flat_map_gives_zeros_and_no_gradient(level):
     assert raw.grad.isfinite().all() and raw.grad[0, 1].ne(0).any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_map_that_is_not_finite_stays_so_and_is_undecided(value):
+    raw = noise(0, 1, 3, 4, 5, dtype=torch.float32)
+    wanted = normalize_cam(raw, labels=torch.tensor([[1, 0, 1]]))
+    raw[0, :2, 1, 2] = value
+    cam = normalize_cam(raw, labels=torch.tensor([[1, 0, 1]]))
+    assert cam[0, 0, 1, 2].isnan() and not cam[0, 1].any()  # an absent class is zero whatever it holds
+    assert torch.equal(cam[0, 2], wanted[0, 2])
+    assert cam_to_label(cam, high=0.7, low=0.25)[0, 1, 2] == 255
+
+
 def test_a_map_of_one_pixel_is_flat():
     assert normalize_cam(torch.full((1, 1, 1, 1), 3.0)).item() == 0
 
@@ -490,7 +501,8 @@ def test_images_of_another_dtype_are_refused(dtype):
     [
         ((2, 4, 8, 8), {}, "multi_scale_cam: expected `images` of shape (B, 3, H, W), got (2, 4, 8, 8)."),
         ((3, 8, 8), {}, "multi_scale_cam: expected `images` of shape (B, 3, H, W), got (3, 8, 8)."),
-        ((2, 3, 8, 8), {"scales": ()}, "multi_scale_cam: expected `scales` with at least one factor, got ()."),
+        ((2, 3, 8, 8), {"scales": ()}, "expected `scales` with at least one factor, such as (1.0, 0.5), got ()."),
+        ((2, 3, 8, 8), {"scales": 0.5}, "expected `scales` with at least one factor, such as (1.0, 0.5), got 0.5."),
         ((2, 3, 8, 8), {"scales": (1.0, 0.0)}, "multi_scale_cam: expected `scales` in [0.001, 100], got 0.0."),
         ((2, 3, 8, 8), {"scales": (-1.0,)}, "multi_scale_cam: expected `scales` in [0.001, 100], got -1.0."),
         ((2, 3, 8, 8), {"max_present": 2}, "multi_scale_cam: `max_present` needs `labels`. Pass labels"),
@@ -521,6 +533,7 @@ def test_a_scale_rounds_the_sides_down_and_leaves_a_pixel():
     assert scaled_size((425, 640), 1.25) == (531, 800)
     assert scaled_size((375, 500), 0.5) == (187, 250)
     assert scaled_size((100, 1), 0.29) == (29, 1)  # 28.999999999999996 in floating point
+    assert scaled_size((1999, 1), 0.5) == (999, 1)
     seen = []
     multi_scale_cam(lambda x: seen.append(tuple(x.shape[2:])) or x[:, :1], torch.rand(1, 3, 9, 15), scales=(0.5, 1.5))
     assert seen == [(4, 7), (13, 22)]

@@ -69,10 +69,14 @@ def test_sizes_known_beforehand_are_kept_and_not_edited():
 
 @pytest.mark.parametrize(("value", "kind"), [([1.0], "list"), (None, "NoneType"), (0.5, "float")])
 def test_what_is_no_tensor_is_refused(value, kind):
-    with refused(TypeError, f"f: expected `x` to be a torch.Tensor, got {kind}."):
+    how = "Convert it with torch.as_tensor(np.asarray(x))."
+    with refused(TypeError, f"f: expected `x` to be a torch.Tensor, got {kind}. {how}"):
         _check.bind("f", x=(value, "B"))
-    with refused(TypeError, f"f: expected `x` to be a torch.Tensor, got {kind}."):
+    with refused(TypeError, f"f: expected `x` to be a torch.Tensor, got {kind}. {how}"):
         _check.tokens("f", grid=(1, 1), x=value)
+    how = "Pass multi-hot rows, (B, K): 1 for every class of the image, else 0."
+    with refused(TypeError, f"f: expected `labels` to be a torch.Tensor, got {kind}. {how}"):
+        _check.bind("f", labels=(value, "B K"))
 
 
 # Dtypes -----------------------------------------------------------------------------------------------------------
@@ -128,11 +132,11 @@ def test_a_number_out_of_range_is_refused_with_the_remedy(value):
 
 
 def test_a_tensor_is_no_number_even_within_the_range():
-    said = r"^f: expected `mu` to be a number, got tensor\(0\.3000\)\. A tensor of one value is read by \.item\(\)"
-    with pytest.raises(TypeError, match=said):
-        _check.within("f", at_most=0.5, mu=torch.tensor(0.3))
-    with pytest.raises(TypeError, match=r"^f: expected `n` to be an integer, got tensor\(3\)"):
-        _check.within("f", whole=True, n=torch.tensor(3))
+    how = "A tensor of one value is read by .item(); for a value an image, call image by image."
+    with refused(TypeError, f"f: expected `mu` to be a number, got a tensor of shape (). {how} 0.5 is Nyquist."):
+        _check.within("f", at_most=0.5, remedy="0.5 is Nyquist", mu=torch.tensor(0.3))
+    with refused(TypeError, f"f: expected `n` to be an integer, got a tensor of shape (2,). {how}"):
+        _check.within("f", whole=True, n=torch.tensor([3, 4], device="meta"))  # no value is read
 
 
 def test_a_range_without_an_end_says_so():
@@ -165,6 +169,11 @@ def test_what_is_no_height_and_width_is_refused_by_name(value):
         _check.pair("f", grid=value)
     with pytest.raises(ValueError, match=r"^f: expected `grid` of two integers"):
         _check.tokens("f", grid=value, x=torch.zeros(2, 36, 3))
+
+
+def test_a_height_and_width_below_one_are_refused():
+    with refused(ValueError, "f: expected `grid` in [1, inf], got -4."):
+        _check.tokens("f", grid=(9, -4), x=torch.zeros(2, 36, 3))
 
 
 def test_ranks_that_nothing_sums_over_are_refused():
@@ -244,6 +253,12 @@ def test_maps_and_tokens_may_meet_in_one_call():
             "of shape (B, N=196, D), got (197, 2, 768). "
             "The tokens lie first: bring them to (B, N, D) with .transpose(0, 1), without 1 prefix token(s).",
         ),
+        (
+            (2, 768, 196),
+            (14, 14),
+            "of shape (B, N=196, D), got (2, 768, 196). "
+            "The channels lie before the tokens: bring them to (B, N, D) with .transpose(1, 2).",
+        ),
     ],
 )
 def test_features_that_are_neither_maps_nor_tokens_of_the_grid_are_refused(shape, grid, message):
@@ -252,8 +267,13 @@ def test_features_that_are_neither_maps_nor_tokens_of_the_grid_are_refused(shape
 
 
 def test_a_grid_that_contradicts_a_map_is_refused():
-    with refused(ValueError, "f: expected `grid` (7, 9) as in `x`, got (9, 7). Leave `grid` out for maps."):
+    with refused(
+        ValueError, "f: expected `grid` (7, 9) as in `x`, got (9, 7). Correct `grid`, or leave it out for maps."
+    ):
         _check.tokens("f", grid=(9, 7), x=torch.zeros(2, 3, 7, 9))
+    last = "The channels lie last: bring them to (B, D, h, w) with .permute(0, 3, 1, 2)."
+    with refused(ValueError, f"f: expected `grid` (7, 768) as in `x`, got (7, 7). {last}"):
+        _check.tokens("f", grid=(7, 7), x=torch.zeros(2, 7, 7, 768))
 
 
 @pytest.mark.parametrize(("shape", "grid"), [((2, 3, 4, 6), None), ((3, 3, 4, 5), None), ((2, 20, 4), (4, 5))])

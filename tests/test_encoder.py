@@ -1,6 +1,7 @@
 """timm transformers as encoders: every family of the list, at sizes they were not built for, without the network."""
 
 import pickle
+import re
 import socket
 import sys
 from functools import partial
@@ -224,6 +225,13 @@ def test_all_blocks_are_those_of_one_at_a_time_and_come_with_the_final_features(
             encoder.intermediate = block
             assert_close(encoder(x), Features(final, each))
         assert torch.equal(torch.stack(encoder.blocks(x, [0, 2])[1]), torch.stack(maps[::2]))
+
+
+@pytest.mark.parametrize("indices", [2, [], [4], [-5], [1, 1], [1, -3]])
+def test_blocks_that_are_no_list_beyond_the_model_or_named_twice_are_refused(indices):
+    said = f"TimmEncoder: expected `indices` to name blocks of -4..3, each once, got {indices!r}. Pass a list, or None"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        narrow().blocks(images(1, 3, 64, 64), indices)
 
 
 @pytest.mark.parametrize("block", [-5, 4])

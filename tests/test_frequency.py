@@ -162,7 +162,17 @@ def test_a_wave_falls_whole_into_one_band(cycles, band, turned):  # 0.4 of 28 to
 
 @pytest.mark.parametrize(
     ("size", "mu", "highest"),
-    [(1, 0.5, 0), (2, 0.5, 1), (7, 0.5, 3), (8, 0.25, 2), (8, 0.2499, 1), (28, 0.4, 11), (100, 0.29, 29), (41, 0.1, 4)],
+    [
+        (1, 0.5, 0),
+        (2, 0.5, 1),
+        (7, 0.5, 3),
+        (8, 0.25, 2),
+        (8, 0.2499, 1),
+        (28, 0.4, 11),
+        (100, 0.29, 29),
+        (41, 0.1, 4),
+        (28, 0.3214285671710968, 9),
+    ],
 )
 @pytest.mark.parametrize("phase", [0.0, 0.9])
 def test_the_cutoff_is_in_cycles_per_token_and_belongs_to_the_low_band(size, mu, highest, phase):
@@ -171,6 +181,21 @@ def test_the_cutoff_is_in_cycles_per_token_and_belongs_to_the_low_band(size, mu,
         x = wave(size, cycles, phase).expand(1, 1, 3, size)
         band = split_bands(x, mu).low if cycles <= highest else split_bands(x, mu).high
         assert_close(band, x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [14, 28, 64, 128])
+def test_a_cutoff_rounded_to_single_precision_keeps_its_frequency(size):
+    for cycles in range(size // 2 + 1):
+        assert passed(size, torch.tensor(cycles / size).item()) == cycles == passed(size, cycles / size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 7), (5, 6), (28, 28)])
+def test_nothing_is_high_where_everything_passes(grid, dtype):
+    x = noise(0, 2, 3, *grid).to(dtype)
+    for features, settings in ((x, {}), (x.flatten(2).transpose(1, 2).contiguous(), {"grid": grid})):
+        low, high = split_bands(features, 0.5, **settings)
+        assert torch.equal(low, features) and not high.any()
 
 
 def test_the_mask_is_a_box_a_wave_must_be_low_along_both_axes():
@@ -314,6 +339,15 @@ def test_the_transforms_of_torch_func_pass_through(cold):
     assert_close(torch.func.vmap(lambda x: split_bands(x, 0.3).low)(x), low)
     assert_close(torch.func.vmap(torch.func.grad(energy))(x), low)
     assert_close(torch.func.jvp(energy, (x[0],), (v[0],))[1], (low[0] * v[0]).sum())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_graph_is_traced_as_tensorboard_does():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 2, 2), FrequencyMask(0.3)), torch.rand(1, 3, 10, 14)
+    graph, _ = torch.jit._get_trace_graph(model, x)
+    assert "aten::matmul" in str(graph)
+    low, high = model(x)
+    assert_close(low + high, model[0](x))
 
 
 def test_a_parameter_is_split_like_any_tensor():

@@ -99,7 +99,7 @@ def test_tokens_give_the_logits_of_their_map(call):
         ((2, 5, 5, 6), None, "expected `features` of shape (B, D=4, h, w), got (2, 5, 5, 6)."),
         ((2, 30, 4), None, "got (2, 30, 4). For tokens (B, N, D) pass grid=(h, w)."),
         ((2, 31, 4), (5, 6), "got (2, 31, 4). `grid` is 5 x 6 = 30 tokens: drop prefix tokens, or correct `grid`."),
-        ((2, 4, 5, 6), (6, 5), "expected `grid` (5, 6) as in `features`, got (6, 5). Leave `grid` out for maps."),
+        ((2, 4, 5, 6), (6, 5), "expected `grid` (5, 6) as in `features`, got (6, 5). Correct `grid`, or"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(call, owner, shape, grid, message):

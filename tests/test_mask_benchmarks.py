@@ -72,6 +72,15 @@ def test_the_usual_form_is_the_refinement():
     assert_close(refinement.usual(images, scores, 3), PixelAdaptiveRefinement(iterations=3)(images, scores))
 
 
+def test_the_pseudo_label_is_measured_beside_its_agreement(tmp_path, monkeypatch):
+    monkeypatch.setattr(refinement, "PSEUDO", (64, 5))
+    record = run(refinement, monkeypatch, tmp_path / "p.json", "--pseudo-label", "--iterations", 2, "--rounds", 1)
+    assert record["subject"] == "pseudo-label"
+    assert [row["form"] for row in record["rows"]] == ["max_present=2", "max_present=None"]
+    assert all(row["labels_that_differ"] <= 2 and row["labels"] == 2 * 64 * 64 for row in record["rows"])
+    assert all(row["times_faster"]["median"] > 0 for row in record["rows"])
+
+
 @pytest.mark.parametrize("coarsen", ["label", "spill", "share"])
 def test_masks_of_coco_are_coarsened_refined_and_scored(tmp_path, monkeypatch, coarsen):
     pytest.importorskip("pycocotools")

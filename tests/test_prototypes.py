@@ -5,7 +5,7 @@ import re
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -55,11 +55,32 @@ def test_prototypes_are_those_of_a_loop_over_images_classes_and_tokens(scene, th
 @given(scenes(), st.integers(1, 9), st.integers(1, 9))
 def test_a_cam_of_any_size_is_shrunk_to_the_grid_by_area(scene, high, wide):
     features, _, labels, _ = scene
+    h, w = features.shape[2:]
+    assume(h == w or high * h != wide * w)
     cam = noise(7, labels.shape[0], 4, high, wide)
     small = torch.from_numpy(reference.shrunk(cam.relu().numpy(), *features.shape[2:]))
     ours, theirs = class_prototypes(features, cam, labels), class_prototypes(features, small, labels)
     assert torch.equal(ours.valid, theirs.valid)
     assert_close(ours.vectors, theirs.vectors, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sides", [(6, 4), (96, 64)])
+def test_a_cam_whose_sides_are_those_of_the_grid_exchanged_is_refused(sides):
+    x, cam, labels = noise(0, 1, 24, 3), noise(1, 1, 2, *sides), torch.ones(1, 2)
+    said = rf"^class_prototypes: expected `cam` with the proportions of the grid, 4 x 6, got {sides[0]} x {sides[1]}\."
+    with pytest.raises(ValueError, match=said):
+        class_prototypes(x, cam, labels, grid=(4, 6))
+    assert class_prototypes(x, cam, labels, grid=(6, 4)).valid.all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_cam_that_is_not_finite_gives_no_prototype_and_leaves_the_others(value):
+    x, cam, labels = noise(0, 1, 3, 4, 4), noise(1, 1, 2, 4, 4), torch.ones(1, 2)
+    wanted = class_prototypes(x, cam, labels)
+    cam[0, 1, 2, 2] = value
+    vectors, valid = class_prototypes(x, cam, labels)
+    assert valid.tolist() == [[True, False]]
+    assert_close(vectors, wanted.vectors * valid[..., None], **EXACT)
 
 
 @given(scenes(), thresholds)
@@ -386,7 +407,7 @@ def test_a_bound_beyond_the_classes_is_refused(most):
         ((X, torch.ones(3, 8)), {}, ValueError, "`vectors` of shape (B=2, K, D=8), got (3, 8)."),
         ((X, torch.ones(2, 3, 8).long()), {}, TypeError, "`vectors` of a floating dtype, got torch.int64."),
         ((as_tokens(X), torch.ones(2, 3, 8)), {}, ValueError, "`features` of shape (B, D, h, w), got (2, 20, 8). For"),
-        ((X, torch.ones(2, 3, 8)), {"grid": (5, 4)}, ValueError, "`grid` (4, 5) as in `features`, got (5, 4). Leave"),
+        ((X, torch.ones(2, 3, 8)), {"grid": (5, 4)}, ValueError, "`grid` (4, 5) as in `features`, got (5, 4). Correct"),
     ],
 )
 def test_similarities_of_what_does_not_fit_are_refused(inputs, settings, kind, message):

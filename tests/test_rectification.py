@@ -141,6 +141,24 @@ def test_the_gap_of_half_precision_is_taken_in_single_precision(dtype):
     assert torch.equal(select_tokens(**parts, valid=valid, gap=0.01), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_angles_of_half_precision_are_seen_in_value_and_gradient(dtype):
+    common = 3 * noise(2, 64)[:, None, None]  # as tokens have it: the bands are 0.03 apart, steps of bfloat16 0.004
+    x, low = ((common + 0.03 * noise(seed, 2, 64, 7, 7)).to(dtype) for seed in (0, 1))
+    found = []
+    for kind in (dtype, torch.float64):
+        leaf = x.detach().to(kind).requires_grad_()
+        loss = rectification_loss(
+            features=leaf, low=low.to(kind), prototypes=torch.ones(2, 1, 64, dtype=kind),
+            valid=torch.ones(2, 1, dtype=torch.bool), gap=None,
+        )  # fmt: skip
+        loss.backward()
+        found.append((loss.double(), leaf.grad.double()))
+    (ours, slope), (exact, wanted) = found
+    assert_close(ours, exact, rtol=0.02, atol=0)
+    assert torch.cosine_similarity(slope.flatten(), wanted.flatten(), 0) > 0.9
+
+
 def test_two_classes_of_one_patch_both_select_it():
     picked = select_tokens(**figure_1(), gap=0.1)
     assert picked.dtype == torch.bool
@@ -490,7 +508,7 @@ PARTS = {
         ({"low": torch.ones(2, 8, 4, 5).long()}, TypeError, "`low` of a floating dtype, got torch.int64."),
         ({"mask": torch.ones(2, 5, 4) > 0}, ValueError, "`mask` of shape (B=2, h=4, w=5), got (2, 5, 4)."),
         ({"mask": torch.ones(2, 4, 5)}, TypeError, "`mask` of dtype torch.bool, got torch.float32."),
-        ({"grid": (5, 4)}, ValueError, "`grid` (4, 5) as in `features`, got (5, 4). Leave `grid` out for maps."),
+        ({"grid": (5, 4)}, ValueError, "`grid` (4, 5) as in `features`, got (5, 4). Correct `grid`, or"),
     ],
 )
 def test_what_does_not_fit_is_refused(function, changes, kind, message):

@@ -200,6 +200,13 @@ def test_images_and_scores_that_do_not_fit_are_refused(images, scores, message):
         PixelAdaptiveRefinement()(torch.rand(images), torch.rand(scores))
 
 
+def test_scores_of_the_images_size_are_not_told_to_be_resized():
+    with pytest.raises(ValueError, match=r"got \(1, 2, 8, 8\)\.$"):
+        PixelAdaptiveRefinement()(torch.rand(2, 3, 8, 8), torch.rand(1, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"got \(2, 2, 4, 4\)\. Resize the scores to the images first"):
+        PixelAdaptiveRefinement()(torch.rand(2, 3, 8, 8), torch.rand(2, 2, 4, 4))
+
+
 def test_label_maps_are_no_scores():
     with pytest.raises(TypeError, match="PixelAdaptiveRefinement: expected `scores` of a floating dtype, got"):
         PixelAdaptiveRefinement()(torch.rand(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.long))

@@ -1,5 +1,7 @@
 """How much of the features lies in the high band, through the depth of the encoder: the premise of the method."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -64,30 +66,43 @@ def high_band_shares(model: FFR, images: Tensor, mu: float | None = None) -> dic
     return {name: high_share(band_energies(maps, cut)) for name, maps in features_by_depth(model, images).items()}
 
 
-def amplitudes(features: Tensor, bins: int) -> Tensor:
-    """Squared amplitudes by frequency: their sums and how many there are, (2, bins + 1), float64, on the CPU.
+def amplitudes(features: Tensor) -> Tensor:
+    """Squared amplitudes by frequency: (3, m), float64, on the CPU.
 
-    The frequency of a wave is the higher of its two along the axes, for the mask of the method is a box. Column 0 is
-    the mean alone, column j frequencies in ((j - 1), j] / (2 bins) cycles per token. Add them up over batches.
+    Its rows: the frequency in cycles per token, ascending from 0; the sum of the squared amplitudes there, each a mean
+    over channels; how many they are. The frequency of a wave is the higher of its two along the axes, for the mask of
+    the method is a box. Add up the last two rows over images of one grid.
 
     Args:
         features: (B, D, h, w), any floating dtype.
-        bins: about half the tokens a side, lest columns stay empty.
     """
     height, width = features.shape[2:]
-    energy = (torch.fft.fft2(features.float()).abs() / (height * width)).square().mean((0, 1)).cpu().double()
+    energy = (torch.fft.fft2(features.float()).abs() / (height * width)).square().mean(1).sum(0).cpu().double()
     along = [torch.fft.fftfreq(size, dtype=torch.float64).abs() for size in (height, width)]
-    column = (torch.maximum(along[0][:, None], along[1]) * 2 * bins - 1e-9).ceil().long().flatten()
-    count = torch.zeros(bins + 1, dtype=torch.float64)
-    weighted = torch.stack([energy.flatten(), torch.ones_like(energy).flatten()]) * len(features)
-    return torch.stack([count.index_add(0, column, row) for row in weighted])
+    frequency, place = torch.maximum(along[0][:, None], along[1]).flatten().unique(return_inverse=True)
+    energy = torch.zeros_like(frequency).index_add(0, place, energy.flatten())
+    return torch.stack([frequency, energy, len(features) * place.bincount()])
 
 
-def relative_log_amplitude(sums: Tensor) -> list[float | None]:
+def relative_log_amplitude(by_grid: Mapping[tuple[int, int], Tensor], bins: int) -> list[float | None]:
     """log10 of the root mean square amplitude in every column over that of the mean; None where there is none.
+
+    Column 0 is the mean alone, column j frequencies in ((j - 1), j] / (2 bins) cycles per token. The same noise spreads
+    over more waves in a larger grid: grids are compared as if each had their average number of tokens.
+
+    Args:
+        by_grid: what `amplitudes` gave, for every grid (h, w).
+        bins: about half the tokens a side of the smallest grid, lest columns stay empty.
 
     Reference: Park and Kim, "How do vision transformers work?", ICLR 2022, Fig. 2, there along the diagonal alone.
     """
+    images = sum(float(found[2, 0]) for found in by_grid.values())
+    average = sum(h * w * float(found[2, 0]) for (h, w), found in by_grid.items()) / images
+    sums = torch.zeros(2, bins + 1, dtype=torch.float64)
+    for (h, w), (frequency, energy, count) in by_grid.items():
+        energy = torch.where(frequency > 0, energy * (h * w / average), energy)
+        column = (frequency * 2 * bins - 1e-9).ceil().long()
+        sums.index_add_(1, column, torch.stack([energy, count]))
     mean = sums[0] / sums[1]
     logs = (mean / mean[0]).log10() / 2
     return [float(value) if value.isfinite() else None for value in logs]

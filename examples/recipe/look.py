@@ -147,12 +147,12 @@ class Motivation:
     def __init__(self, trained: Trained) -> None:
         self.trained, self.images, self.noise = trained, 0, 0.0
         self.energies: dict[str, Tensor] = {}
-        self.spectra: dict[str, Tensor] = {}
+        self.spectra: dict[str, dict[tuple[int, int], Tensor]] = {}
         self.above = torch.zeros(len(GAPS), dtype=torch.long)
         self.histogram = torch.zeros(len(EDGES) - 1, dtype=torch.long)
         self.selected: Counter[str] = Counter()
         self.pairs: Counter[str] = Counter()
-        self.shared = self.tokens = self.bins = 0
+        self.shared = self.tokens = 0
 
     @torch.no_grad()
     def add(self, image: Tensor, labels: Tensor | None) -> Glance:
@@ -162,11 +162,11 @@ class Motivation:
         out = model.outputs(images)
         labels = predict_labels(out.logits[0]) if labels is None else labels.to(out.logits)
         depths = features_by_depth(model, images)
-        grid = tuple(depths["final"].shape[2:])
-        self.bins = self.bins or max(1, min(grid) // 2)
+        grid = (depths["final"].shape[2], depths["final"].shape[3])
         for name, maps in depths.items():
             self.energies[name] = self.energies.get(name, 0) + band_energies(maps, mu)
-            self.spectra[name] = self.spectra.get(name, 0) + amplitudes(maps, self.bins)
+            found, known = amplitudes(maps), self.spectra.setdefault(name, {})
+            known[grid] = found if grid not in known else torch.cat([found[:1], known[grid][1:] + found[1:]])
         kept = [min(side, 2 * passed(side, mu) + 1) for side in grid]
         count = grid[0] * grid[1]
         self.noise += (count - kept[0] * kept[1]) / max(1, count - 1)
@@ -188,6 +188,7 @@ class Motivation:
         """What Fig. 4 draws, for JSON; shares and fractions in [0, 1], None where there is nothing to count."""
         total = sum(self.pairs.values())
         config = self.trained.config
+        bins = max(1, min(min(grid) for grid in self.spectra["final"]) // 2)
         return {
             "images": self.images,
             "mu": self.trained.model.frequency.mu,
@@ -196,8 +197,10 @@ class Motivation:
             "high_band_share": {name: high_share(value) for name, value in self.energies.items()},
             "high_band_share_of_white_noise": self.noise / max(1, self.images),
             "intermediate": intermediate_of(self.trained.model, list(self.energies)),
-            "frequency": [column / (2 * self.bins) for column in range(self.bins + 1)],
-            "relative_log10_amplitude": {name: relative_log_amplitude(sums) for name, sums in self.spectra.items()},
+            "frequency": [column / (2 * bins) for column in range(bins + 1)],
+            "relative_log10_amplitude": {
+                name: relative_log_amplitude(grids, bins) for name, grids in self.spectra.items()
+            },
             "pairs": total,
             "selected_fraction": sum(self.selected.values()) / total if total else None,
             "selected_fraction_per_class": {name: self.selected[name] / self.pairs[name] for name in self.pairs},
