@@ -137,7 +137,8 @@ def pair(owner: str, /, **values: tuple[int, int]) -> None:
     for name, value in values.items():
         if isinstance(value, (int, float)) or len(value) != 2 or not all(_number(side, whole=True) for side in value):
             raise ValueError(f"{owner}: expected `{name}` of two integers, (height, width), got {value!r}.")
-        within(owner, at_least=1, **{name: min(value)})
+        if min(value) < 1:
+            raise ValueError(f"{owner}: expected `{name}` of at least 1 x 1, got {value!r}.")
 
 
 def factors(owner: str, scales: Sequence[float], /) -> None:

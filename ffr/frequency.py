@@ -63,7 +63,7 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     _check.within(owner, mu=mu, at_most=0.5, remedy="mu is in cycles per token; 0.5 is the Nyquist frequency")
     # index: a size that torch.compile holds as a symbol becomes a number, one graph per grid
     h, w = index(sizes["h"]), index(sizes["w"])
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         # A mu that changes between calls is a symbol as well. Of all that keep the same, the least is made of numbers.
         return _as_graph(features, max(index(passed(h, mu)) / h, index(passed(w, mu)) / w), h, w)
     return Bands(*_Split.apply(features, mu, h, w))

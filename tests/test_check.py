@@ -172,7 +172,7 @@ def test_what_is_no_height_and_width_is_refused_by_name(value):
 
 
 def test_a_height_and_width_below_one_are_refused():
-    with refused(ValueError, "f: expected `grid` in [1, inf], got -4."):
+    with refused(ValueError, "f: expected `grid` of at least 1 x 1, got (9, -4)."):
         _check.tokens("f", grid=(9, -4), x=torch.zeros(2, 36, 3))
 
 

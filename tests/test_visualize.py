@@ -211,7 +211,7 @@ def test_fig_1_takes_the_greatest_change_for_two_classes():
 def test_names_that_find_no_room_are_counted():
     assert listed(["a", "b"]) == "a, b"
     assert listed(["dining table", "potted plant", "wine glass", "cup"]) == "dining table and 3 more"
-    assert listed(["dining table", "plant", "glass", "cup", "forks"]) == "dining table, plant and 3 more"
+    assert listed(["dining table", "plant", "glass", "cup", "spoons and forks"]) == "dining table, plant and 3 more"
     assert listed([]) == "no class"
     assert width(listed(["dining table", "potted plant", "wine glass", "cup"]), SMALL) <= PANEL
 
@@ -278,6 +278,15 @@ def test_predicted_classes_that_are_no_label_are_in_the_legend(trained, scene):
     prediction[10, 0] = 19
     page = objects_figure([seen._replace(prediction=prediction)], names, Counter(), 1, [])
     assert "2 more predicted classes cover less" in " ".join(text.get_text() for text in page.figure.texts)
+
+
+def test_where_no_class_has_a_prototype_the_figures_say_so(trained, scene, trained_numbers):
+    seen = see(trained, scene._replace(labels=torch.zeros(len(CLASSES))))
+    words = " ".join(text.get_text() for text in patch_figure(seen, CLASSES, 4, CONFIG.gap, []).figure.texts)
+    assert "shows a class with a prototype" in words and "one class is drawn" not in words
+    nothing = {"pairs": 0, "selected_fraction": None, "fraction_above": None, "histogram": [0] * 200}
+    figure = motivation_figure({**trained_numbers, **nothing}, [])
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes[2:4]] == [["no class has a prototype"]] * 2
 
 
 def test_an_image_without_a_class_is_shown_where_its_cam_would_be(trained, scene):

@@ -26,6 +26,7 @@ from recipe.words import fit, width
 GREY, DARK = "#555555", "#222222"
 PANEL, GAP, LEFT, BELOW = 2.0, 0.16, 0.45, 0.3  # inches: width of a panel, between two, for names, for words below one
 LINE, SMALL = 0.13, 8  # inches of one more line below a panel, and points of its letters
+NO_PROTOTYPE = "no class has a prototype"
 CLASSES_SHOWN = 3  # rows of an image
 OTHERS_NAMED = 4  # predicted classes that are no label of an image
 BOTH = ("#ff7f0e", "#00b4d8", "#d100d1")  # for what is selected twice: the one that is least like the two classes
@@ -195,7 +196,9 @@ def patch_figure(seen: Seen, names: Sequence[str], patch: int, gap: float, notes
         box = outline(0, 0, 1)
         box.set_label("the patch")
         handles.append(box)
-    if len(shown) < 2:
+    if not shown:
+        notes = ["No image that was looked at shows a class with a prototype.", *notes]
+    elif len(shown) < 2:
         notes = ["No image that was looked at shows two classes with a prototype: one class is drawn.", *notes]
     elif found.change <= gap:
         notes = [f"No token changes by more than {gap:g} for two classes; the patch drawn comes closest.", *notes]
@@ -426,7 +429,7 @@ def _draw_gaps(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.set_xlabel("cos(x, prototype) - cos(x_low, prototype)")
     axis.set_ylabel("% of the (token, class) pairs")
     if not counts.sum():
-        axis.text(0.5, 0.5, "no class has a prototype", ha="center", transform=axis.transAxes, color=GREY)
+        axis.text(0.5, 0.5, NO_PROTOTYPE, ha="center", transform=axis.transAxes, color=GREY)
         return
     middle = (edges[:-1] + edges[1:]) / 2
     beyond = np.abs(middle) > gap
@@ -445,6 +448,7 @@ def _draw_fraction(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.set_xlabel("gap")
     axis.set_ylabel("% selected")
     if numbers["fraction_above"] is None:
+        axis.text(0.5, 0.5, NO_PROTOTYPE, ha="center", transform=axis.transAxes, color=GREY)
         return
     values = 100 * np.array(numbers["fraction_above"])
     axis.plot(numbers["thresholds"], values, color="#1f5fa8")
