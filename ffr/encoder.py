@@ -99,7 +99,8 @@ class TimmEncoder(nn.Module):
         if len(reductions) > 1:
             raise ValueError(
                 f"timm_encoder: {name} is hierarchical: its stages shrink the image by {reductions}, so that the final "
-                "and the intermediate features have no common grid. Choose a plain ViT, such as vit_base_patch16_224."
+                "and the intermediate features have no common grid. Choose a plain ViT, such as vit_base_patch16_224; "
+                "single parts, such as split_bands, take the maps of any network."
             )
         # The final LayerNorm sits behind the pooling in some families; per token it is the same function.
         norm = getattr(net, "norm", None)
@@ -212,7 +213,8 @@ def timm_encoder(
 
     Args:
         model: a timm name, ``"vit_base_patch16_224"``; or a ready module with timm's ``forward_intermediates``,
-            ``feature_info`` and ``norm``, taken as it is, head included.
+            ``feature_info`` and ``norm``, taken as it is, head included. For images of other sizes than its own build
+            it with ``dynamic_img_size=True``, as is done here for a name.
         pretrained: download timm's weights. False by default: nothing touches the network unasked.
         checkpoint: local weights instead, ``.safetensors`` or a ``torch.save`` file of tensors alone (also below
             ``"model"`` or ``"state_dict"``). timm adapts names and position embeddings; classifier heads are skipped.
