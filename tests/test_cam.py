@@ -533,7 +533,7 @@ def test_a_scale_rounds_the_sides_down_and_leaves_a_pixel():
     assert scaled_size((425, 640), 1.25) == (531, 800)
     assert scaled_size((375, 500), 0.5) == (187, 250)
     assert scaled_size((100, 1), 0.29) == (29, 1)  # 28.999999999999996 in floating point
-    assert scaled_size((1999, 1), 0.5) == (999, 1)
+    assert scaled_size((2001, 1), 0.9995) == (1999, 1)  # 1999.9995, rounded down
     seen = []
     multi_scale_cam(lambda x: seen.append(tuple(x.shape[2:])) or x[:, :1], torch.rand(1, 3, 9, 15), scales=(0.5, 1.5))
     assert seen == [(4, 7), (13, 22)]

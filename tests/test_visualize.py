@@ -161,6 +161,19 @@ def test_the_patch_of_one_class_has_no_other_and_without_a_prototype_there_is_no
     assert patch.one == int(scene.labels.argmax()) and patch.other is None
 
 
+def test_fig_4_does_not_depend_on_the_order_of_images_of_several_sizes(trained, scene):
+    images = [scene.image, scene.image[:, :, :32], scene.image.flip(1), scene.image[:, 8:]]
+    found = []
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        motivation = Motivation(trained)
+        for number in order:
+            motivation.add(images[number], scene.labels)
+        found.append(motivation.numbers())
+    assert found[0]["frequency"] == found[1]["frequency"]
+    for name, curve in found[0]["relative_log10_amplitude"].items():
+        assert found[1]["relative_log10_amplitude"][name] == pytest.approx(curve, abs=1e-5)
+
+
 def test_fig_4_counts_what_the_selection_selects(trained, scene):
     motivation = Motivation(trained)
     glances = [motivation.add(scene.image, scene.labels), motivation.add(scene.image.flip(2), scene.labels)]
