@@ -433,7 +433,7 @@ def test_logits_and_labels_that_do_not_fit_are_refused(logits, label, message):
         ((2, 8, 5, 6), (2, 6, 5), {}, "expected `label` of shape (B=2, h=5, w=6), got (2, 6, 5). Shrink the CAM"),
         ((2, 30, 8), (2, 5, 6), {}, "expected `features` of shape (B, D, h, w), got (2, 30, 8). For tokens"),
         ((2, 31, 8), (2, 5, 6), {"grid": (5, 6)}, "`grid` is 5 x 6 = 30 tokens: drop prefix tokens, or"),
-        ((2, 8, 5, 6), (2, 5, 6), {"grid": (6, 5)}, "expected `grid` (5, 6) as in `features`, got (6, 5). Leave"),
+        ((2, 8, 5, 6), (2, 5, 6), {"grid": (6, 5)}, "expected `grid` (5, 6) as in `features`, got (6, 5). Correct"),
         (
             (2, 8, 5, 6),
             (2, 5, 6),
