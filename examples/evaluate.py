@@ -230,7 +230,7 @@ def finish(
     state: PartialState,
     console: Console,
 ) -> None:
-    """Print the tables and write the JSON."""
+    """Write the JSON and print the tables."""
     weights = {"file": str(settings.weights), "sha256_16": digest(settings.weights), "step": trained.facts.get("step")}
     data = str(folder) if folder is not None else f"embedded scenes of {trained.config.crop} px"
     crf = {name: value for name, value in vars(DenseCRF(prune=settings.crf_prune)).items() if name[0] != "_"}
@@ -238,15 +238,15 @@ def finish(
     for row in rows.values():  # each figure says what it is of, wherever it is copied to
         row["protocol"] |= {"data": data, "split": settings.split, "weights": weights, "versions": versions()}
         row["protocol"]["crf_settings"] = crf if row["protocol"]["crf"] else None
+    where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
+    record = {"classes": trained.classes, "rows": rows, "computed_on": where}
+    old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
+    write_text(settings.out, json.dumps(record, indent=2) + "\n")  # ASCII: names may be no Unicode
     console.print(table(settings, rows))
     if settings.per_class:
         console.print(per_class(trained.classes, rows))
     for note in notes(settings, data, rows):
         say(console, f"- {note}")
-    where = {"device": str(state.device), "ranks": state.num_processes, "threads": torch.get_num_threads()}
-    record = {"classes": trained.classes, "rows": rows, "computed_on": where}
-    old, new = subject(settings.out), (settings.split, data, weights["sha256_16"], weights["file"])
-    write_text(settings.out, json.dumps(record, indent=2) + "\n")  # ASCII: names may be no Unicode
     lost = "" if old is None or old[:3] == new[:3] else f", replacing the figures of {old[3]} on {old[0]} of {old[1]}"
     say(console, f"wrote {settings.out}{lost}")
     if settings.submission is not None:

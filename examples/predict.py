@@ -187,7 +187,9 @@ def globbed(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...] = ()) 
 
 
 def absolute(path: Path) -> Path:
-    """Without `..`; links keep their name."""
+    """Without `..`; links keep their name, but for those that `..` goes back from."""
+    if ".." in path.parts:
+        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
     return Path(os.path.abspath(path))
 
 

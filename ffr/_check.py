@@ -37,10 +37,10 @@ def bind(
     for name, (tensor, pattern) in tensors.items():
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            convert = f"Convert it with torch.as_tensor(np.asarray({name}))"
-            if name == "labels":  # so often class indices that the shape comes first
+            convert = "" if tensor is None else f"Convert it with torch.as_tensor(np.asarray({name}))"
+            if name == "labels" and tensor is not None:  # so often class indices that the shape comes first
                 convert = "Pass multi-hot rows, (B, K): 1 for every class of the image, else 0"
-            raise TypeError(f"{owner}: expected `{name}` to be a torch.Tensor, got {kind}. {convert}.")
+            raise TypeError(f"{owner}: expected `{name}` to be a torch.Tensor, got {kind}.{_sentence(convert)}")
         axes = pattern.split()
         fits = tensor.ndim == len(axes)
         found: dict[str, int] = {}
@@ -143,8 +143,12 @@ def pair(owner: str, /, **values: tuple[int, int]) -> None:
 
 def factors(owner: str, scales: Sequence[float], /) -> None:
     """Refuse no scales, and such as are not above 0."""
-    if not isinstance(scales, Sequence) or not scales:
-        raise ValueError(f"{owner}: expected `scales` with at least one factor, such as (1.0, 0.5), got {scales!r}.")
+    if not isinstance(scales, Sequence):
+        raise TypeError(
+            f"{owner}: expected `scales` to be a tuple of factors, such as (1.0, 0.5), got {type(scales).__name__}."
+        )
+    if not scales:
+        raise ValueError(f"{owner}: expected `scales` with at least one factor, got {scales!r}.")
     for scale in scales:
         within(owner, scales=scale, at_least=1e-3, at_most=100.0)
 

@@ -109,7 +109,7 @@ def normalize_cam(raw: Tensor, *, labels: Tensor | None = None, mask: Tensor | N
 
     Returns:
         ``(B, K, h, w)`` in [0, 1]. The peak of a map is exactly 1; a map that is flat after ReLU, to a millionth of
-        its peak, gives zeros. A present class whose map holds NaN or inf has NaN.
+        its peak, gives zeros. A present class whose map holds NaN or +inf has NaN.
 
     Raises:
         ValueError: if `labels` has another shape than ``(B, K)``, or `mask` than ``(B, h, w)``.

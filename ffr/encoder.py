@@ -143,7 +143,8 @@ class TimmEncoder(nn.Module):
         owner = "TimmEncoder"
         count = len(self.model.feature_info)
         if indices is not None and not (
-            isinstance(indices, Sequence)
+            isinstance(indices, (list, tuple))
+            and all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
             and 0 < len(indices) == len({index % count for index in indices if -count <= index < count})
         ):
             raise ValueError(

@@ -39,7 +39,7 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     Args:
         features: maps ``(B, D, h, w)``, or tokens ``(B, N, D)`` with `grid`; any floating dtype.
         mu: cut-off in cycles per token, in [0, 0.5]. 0 keeps the mean alone, 0.5 (Nyquist) keeps everything. A
-            frequency k / n belongs to the low band up to ``mu * n + 1e-5``, so that mu may be a rounded k / n.
+            frequency k / n belongs to the low band up to ``mu + 1e-7``, so that mu may be a k / n in float32.
         grid: ``(h, w)`` with ``h * w = N``, for tokens.
 
     Returns:
@@ -63,7 +63,7 @@ def split_bands(features: Tensor, mu: float, *, grid: tuple[int, int] | None = N
     _check.within(owner, mu=mu, at_most=0.5, remedy="mu is in cycles per token; 0.5 is the Nyquist frequency")
     # index: a size that torch.compile holds as a symbol becomes a number, one graph per grid
     h, w = index(sizes["h"]), index(sizes["w"])
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or _tracing():
         # A mu that changes between calls is a symbol as well. Of all that keep the same, the least is made of numbers.
         return _as_graph(features, max(index(passed(h, mu)) / h, index(passed(w, mu)) / w), h, w)
     return Bands(*_Split.apply(features, mu, h, w))
@@ -275,13 +275,17 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
+def _tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
 def passed(size: int, mu: float) -> int:
     """Highest frequency, in cycles per `size` tokens, that the low band keeps."""
-    return math.floor(mu * size + 1e-5)  # the tolerance keeps 29 of 0.29 * 100, and 9 of 28 times a float32 9 / 28
+    return math.floor((mu + 1e-7) * size)  # the tolerance keeps 29 of 0.29 * 100, and 9 of 28 times a float32 9 / 28
 
 
 def _matrices(
@@ -297,8 +301,9 @@ _matrices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _matrix(size: int, mu: float, dtype: torch.dtype, device: torch.device, plain: bool) -> Tensor:
-    # Next to a fake tensor (torch.export) the matrix is fake as well and must not reach the cache.
-    build = _cached_projection if plain else _cached_projection.__wrapped__
+    # Next to a fake tensor (torch.export) the matrix is fake as well, in a trace it is part of the graph: neither may
+    # reach the cache.
+    build = _cached_projection if plain and not _tracing() else _cached_projection.__wrapped__
     return build(size, passed(size, mu), dtype, device)
 
 

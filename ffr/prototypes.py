@@ -83,7 +83,7 @@ def class_prototypes(
         _check.boolean(owner, mask=mask)
         features = features.masked_fill(~(mask[:, None] if features.ndim == 4 else mask.flatten(1)[..., None]), 0)
     h, w = sizes["h"], sizes["w"]
-    if h != w and cam.shape[2] * h == cam.shape[3] * w:
+    if h != w and cam.shape[2] * h == cam.shape[3] * w > 0:
         raise ValueError(
             f"{owner}: expected `cam` with the proportions of the grid, {h} x {w}, got {cam.shape[2]} x "
             f"{cam.shape[3]}. One of them has height and width exchanged: `grid` is (height, width)."

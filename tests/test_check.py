@@ -67,7 +67,7 @@ def test_sizes_known_beforehand_are_kept_and_not_edited():
     assert before == {"B": 2}
 
 
-@pytest.mark.parametrize(("value", "kind"), [([1.0], "list"), (None, "NoneType"), (0.5, "float")])
+@pytest.mark.parametrize(("value", "kind"), [([1.0], "list"), (np.ones(1), "ndarray"), (0.5, "float")])
 def test_what_is_no_tensor_is_refused(value, kind):
     how = "Convert it with torch.as_tensor(np.asarray(x))."
     with refused(TypeError, f"f: expected `x` to be a torch.Tensor, got {kind}. {how}"):
@@ -77,6 +77,9 @@ def test_what_is_no_tensor_is_refused(value, kind):
     how = "Pass multi-hot rows, (B, K): 1 for every class of the image, else 0."
     with refused(TypeError, f"f: expected `labels` to be a torch.Tensor, got {kind}. {how}"):
         _check.bind("f", labels=(value, "B K"))
+    for name in ("x", "labels"):
+        with refused(TypeError, f"f: expected `{name}` to be a torch.Tensor, got NoneType."):
+            _check.bind("f", **{name: (None, "B")})
 
 
 # Dtypes -----------------------------------------------------------------------------------------------------------
@@ -172,8 +175,9 @@ def test_what_is_no_height_and_width_is_refused_by_name(value):
 
 
 def test_a_height_and_width_below_one_are_refused():
-    with refused(ValueError, "f: expected `grid` of at least 1 x 1, got (9, -4)."):
-        _check.tokens("f", grid=(9, -4), x=torch.zeros(2, 36, 3))
+    for grid in ((9, -4), (0, 3)):
+        with refused(ValueError, f"f: expected `grid` of at least 1 x 1, got {grid}."):
+            _check.tokens("f", grid=grid, x=torch.zeros(2, 36, 3))
 
 
 def test_ranks_that_nothing_sums_over_are_refused():

@@ -227,7 +227,7 @@ def test_all_blocks_are_those_of_one_at_a_time_and_come_with_the_final_features(
         assert torch.equal(torch.stack(encoder.blocks(x, [0, 2])[1]), torch.stack(maps[::2]))
 
 
-@pytest.mark.parametrize("indices", [2, [], [4], [-5], [1, 1], [1, -3]])
+@pytest.mark.parametrize("indices", [2, "12", [], [4], [-5], [1, 1], [1, -3], [1.0], [True], ["a"], [None]])
 def test_blocks_that_are_no_list_beyond_the_model_or_named_twice_are_refused(indices):
     said = f"TimmEncoder: expected `indices` to name blocks of -4..3, each once, got {indices!r}. Pass a list, or None"
     with pytest.raises(ValueError, match=re.escape(said)):

@@ -392,6 +392,14 @@ def test_a_glob_may_go_up_again_and_a_slash_at_its_end_means_folders(photos, tmp
     assert len(named("*")) == len(SIZES)
 
 
+def test_up_from_a_linked_folder_is_where_it_leads(photos, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(photos / "a", target_is_directory=True)
+    for below in ("l*k/../b/*.png", "link/../b", "link/../b/x.png"):
+        found, _ = script.find([f"{tmp_path}/elsewhere/{below}"], tmp_path / "out")
+        assert all(path.is_file() for path in found) and {path.parent for path in found} == {photos.resolve() / "b"}
+
+
 def test_files_that_are_no_images_are_counted_by_their_suffix(command, photos, tmp_path):
     for name in ("small.gif", "a/x.jfif", "a/y.GIF", "README"):
         (photos / name).touch()

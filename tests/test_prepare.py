@@ -873,8 +873,10 @@ def test_masks_may_end_in_capitals_and_those_that_fit_no_image_are_named(mine, t
 def test_a_mask_whose_name_is_no_unicode_is_named_and_the_run_recorded(mine, tmp_path, monkeypatch, capsys):
     masks = tmp_path / os.fsdecode(b"masks\xfe")
     label(masks / "x.png", np.ones((8, 12))).rename(masks / os.fsdecode(b"x\xff.png"))
+    mine |= {"out": tmp_path / os.fsdecode(b"out\xfd")}  # in the title of a table
     assert run(monkeypatch, prepare_folder, **mine, masks=masks) == 0
-    assert r"the mask of no image in a split: x\udcff.png. " in one_line(capsys.readouterr().out)
+    said = one_line(capsys.readouterr().out)
+    assert r"the mask of no image in a split: x\udcff.png. " in said and r"out\udcfd" in said
     record = json.loads((mine["out"] / "prepare.json").read_text())
     assert sum(row["images"] for row in record["report"].values()) == 5
 

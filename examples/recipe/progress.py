@@ -1,5 +1,6 @@
 """What the scripts print to: a console that outlives its reader, a bar; lines where there is no terminal."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Screen(Console):
-    """A console that falls silent where whoever reads it closes the pipe, as `head` does; the work goes on."""
+    """A console that falls silent where whoever reads it closes the pipe, as `head` does; the work goes on.
+
+    Letters that it cannot show, such as the bytes of a name that is no Unicode, are shown as escapes.
+    """
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        super().__init__()
 
     def on_broken_pipe(self) -> None:
         """Print to nowhere from here on."""
@@ -25,9 +34,8 @@ def some(names: Sequence[str], most: int = 8) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is, whatever bytes a file name has."""
-    plain = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
-    console.print(plain, soft_wrap=True, markup=False, highlight=False)
+    """Print a line as it is."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def progress(
