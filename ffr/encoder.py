@@ -144,7 +144,7 @@ class TimmEncoder(nn.Module):
         count = len(self.model.feature_info)
         if indices is not None and not (
             isinstance(indices, (list, tuple))
-            and all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+            and all(hasattr(index, "__index__") and not isinstance(index, bool) for index in indices)
             and 0 < len(indices) == len({index % count for index in indices if -count <= index < count})
         ):
             raise ValueError(

@@ -172,7 +172,7 @@ def rectification_loss(
         teacher = teacher.detach()
     with _check.no_autocast(tokens):
         if distance == "cosine":
-            # Near 1 a cosine in half precision is rounding; in float32 a product of two fp16 tokens does not overflow.
+            # In float32 at least: near 1 a cosine of half precision is rounding, and its products overflow.
             unit = teacher * inverse_norm(teacher)[..., None]
             cosine = (tokens * unit).sum(-1) * inverse_norm(tokens)
             apart = (1 - cosine).relu()  # rounding can lift a cosine above 1

@@ -6,6 +6,7 @@ import socket
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -224,7 +225,8 @@ def test_all_blocks_are_those_of_one_at_a_time_and_come_with_the_final_features(
         for block, each in enumerate(maps):
             encoder.intermediate = block
             assert_close(encoder(x), Features(final, each))
-        assert torch.equal(torch.stack(encoder.blocks(x, [0, 2])[1]), torch.stack(maps[::2]))
+        for indices in ([0, 2], (0, -2), list(np.array([2, 0]))):  # in order of depth
+            assert torch.equal(torch.stack(encoder.blocks(x, indices)[1]), torch.stack(maps[::2]))
 
 
 @pytest.mark.parametrize("indices", [2, "12", [], [4], [-5], [1, 1], [1, -3], [1.0], [True], ["a"], [None]])
