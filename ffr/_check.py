@@ -112,10 +112,11 @@ def within(
     for name, value in values.items():
         if isinstance(value, Tensor) or not _number(value, whole):
             wanted = "an integer" if whole else "a number"
-            shown, read = repr(value), ""
-            if isinstance(value, Tensor):  # its values stay unread
+            if isinstance(value, Tensor):  # its repr would read its values
                 shown = f"a tensor of shape {tuple(value.shape)}"
                 read = "A tensor of one value is read by .item(); for a value an image, call image by image"
+            else:
+                shown, read = repr(value), ""
             raise TypeError(
                 f"{owner}: expected `{name}` to be {wanted}, got {shown}.{_sentence(read)}{_sentence(remedy)}"
             )

@@ -644,6 +644,16 @@ def test_the_json_is_written_where_nobody_reads_the_table_to_its_end(weights, fo
     assert json.loads(out.read_text())["rows"]["single"]["images"]["looked_at"] == 2
 
 
+def test_the_json_is_written_before_a_table_that_cannot_be_printed(command, monkeypatch):
+    def broken(*args):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(script, "table", broken)
+    code, said, record = command("--rows", "single")
+    assert code == 2 and "no room" in said
+    assert record["rows"]["single"]["images"]["looked_at"] > 0
+
+
 @pytest.mark.skipif(os.name != "posix", reason="names are Unicode")
 def test_folders_whose_name_is_no_unicode_are_scored_and_recorded(command, folder, tmp_path):
     data, out = tmp_path / os.fsdecode(b"\xff"), tmp_path / os.fsdecode(b"\xfe.json")
