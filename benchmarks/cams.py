@@ -112,7 +112,7 @@ def enlarged(maps: list[Tensor], size: int) -> list[Tensor]:
 
 def difference(one: list[Tensor], two: list[Tensor]) -> float:
     """Largest difference of two lists of maps."""
-    return max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True))
+    return max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(one, two, strict=True))  # grad-cam's are there
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:

@@ -349,10 +349,10 @@ def each(batch, change):
     return {name: change(x) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def backward(part, batch, names, cast=None):
+def backward(part, batch, names, cast=None, device="cpu"):
     """Result, and the gradient of its floating outputs by the inputs in `names` and all parameters."""
     batch = {name: x.detach().requires_grad_() if name in names else x for name, x in batch.items()}
-    with torch.autocast("cpu", dtype=cast, enabled=cast is not None):
+    with torch.autocast(device, dtype=cast, enabled=cast is not None):
         result = part(**batch)
     outputs = [x for x in leaves(result) if x.requires_grad]
     wanted = [batch[name] for name in names] + list(part.parameters())
@@ -469,12 +469,7 @@ def test_the_gradient_is_that_of_finite_differences(case):
     assert torch.autograd.gradcheck(value, (*smooth, *part.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every
-def test_autocast_keeps_float32_or_stays_near_it(case, dtype):
-    part, batch = case.part(torch.float32), case.batch(torch.float32)
-    wanted, wanted_grads = backward(part, batch, case.smooth)
-    result, grads = backward(part, batch, case.smooth, cast=dtype)
+def check_autocast(case, wanted, wanted_grads, result, grads):
     assert all(x.isfinite().all() for x in (*leaves(result), *grads))
     if case.casts:
         for one, exact in zip(leaves(result), leaves(wanted), strict=True):
@@ -485,6 +480,13 @@ def test_autocast_keeps_float32_or_stays_near_it(case, dtype):
     else:
         same(result, wanted, rtol=0, atol=0)
         same(grads, wanted_grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every
+def test_autocast_keeps_float32_or_stays_near_it(case, dtype):
+    part, batch = case.part(torch.float32), case.batch(torch.float32)
+    check_autocast(case, *backward(part, batch, case.smooth), *backward(part, batch, case.smooth, cast=dtype))
 
 
 # --- memory ---
