@@ -210,7 +210,7 @@ def multi_scale_cam(
     if not images.is_meta:  # for which torch knows no autocast
         cast = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
     with torch.no_grad(), cast:
-        pixels = to_float(images)
+        pixels = to_float(images.detach())  # here and below for forward mode, which `no_grad` does not stop
         ids = None
         if labels is not None and max_present is not None:
             ids, _ = present_classes(labels, max_present)
@@ -236,7 +236,7 @@ def multi_scale_cam(
                     maps = take_classes(maps, torch.cat([ids, ids]) if flip else ids)
                 if index == len(totals):
                     dtypes.append(torch.promote_types(maps.dtype, pixels.dtype))
-                maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+                maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
                 maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
                 if flip:
                     maps = torch.maximum(maps[:batch], maps[batch:].flip(3))

@@ -101,18 +101,19 @@ class DenseCRF(nn.Module):
             raise ValueError(f"{owner}: expected `probs` of at least one label and pixel, got {tuple(probs.shape)}.")
         _check.pixels(owner, image=image)
         _check.floating(owner, probs=probs)
+        image, probs = image.detach(), probs.detach()  # `no_grad` does not stop the tangents of forward mode
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
         # Resizing may leave either range by a rounding.
         if image.is_floating_point():
-            darkest, brightest = (float(x) for x in image.detach().aminmax())
+            darkest, brightest = (float(x) for x in image.aminmax())
             if darkest < -1e-3 or brightest > 1.001:
                 raise ValueError(
                     f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
                     "normalisation first, or divide bytes by 255."
                 )
-        if (least := float(probs.detach().min())) < -1e-3:
+        if (least := float(probs.min())) < -1e-3:
             raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Take logits' softmax, or `from_logits`.")
         with torch.no_grad(), _check.no_autocast(probs):
             if not batch:

@@ -69,7 +69,8 @@ class PermutohedralLattice:
         _check.within(owner, at_least=1, N=self._sizes["N"], B=self._sizes.get("B", 1))
         self.exact_adjoint = exact_adjoint
         with torch.no_grad(), _check.no_autocast(features):
-            columns = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(0, -2).t().contiguous()
+            columns = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+            columns = columns.flatten(0, -2).t().contiguous()
             self._build(columns, self._sizes["N"], features.device.type == "cpu" if count is None else count)
             if normalize:
                 ones = torch.ones_like(self.weight[:, :1])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.testing import assert_close
 
 import ffr
@@ -202,6 +203,8 @@ def test_labels_without_mass_may_be_pruned():
     assert_close(pruned[:4], DenseCRF(iterations=3)(image, probs))
     assert whole[4:].gt(0).all()
     assert torch.equal(pruned.argmax(0), whole.argmax(0))
+    edge = torch.cat([probs * 0.5, torch.full_like(probs[:2], 0.25)])  # does not exceed it
+    assert DenseCRF(iterations=1, prune=0.25)(image, edge)[4:].eq(0).all()
     best = DenseCRF(prune=1.0)(image, probs)  # nothing exceeds 1: the best label stays
     assert_close(best.sum(0), torch.ones(24, 32))
 
@@ -249,6 +252,11 @@ def test_autocast_and_gradients_stay_outside():
         ours = DenseCRF(iterations=3)(image, probs.requires_grad_())
     assert_close(ours, want, rtol=0, atol=0)
     assert not ours.requires_grad
+    with dual_level():
+        dual = (make_dual(x, torch.ones_like(x)) for x in (image.double() / 255, probs.detach()))
+        ours = DenseCRF(iterations=3)(*dual)
+        assert unpack_dual(ours).tangent is None
+    assert_close(ours, want)
 
 
 def test_it_has_no_state_and_says_what_it_is():

@@ -13,6 +13,7 @@ from test_framework import TinyEncoder
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -358,11 +359,13 @@ def backward(part, batch, names, cast=None, device="cpu"):
     wanted = [batch[name] for name in names] + list(part.parameters())
     if not outputs or not wanted:
         return result, []
-    # weights that differ from place to place, so that no error cancels
-    total = sum(
-        (x * (1 + 0.1 * torch.arange(x.numel(), device=x.device).reshape(x.shape).cos())).sum() for x in outputs
-    )
+    total = sum(weighed(x) for x in outputs)
     return result, torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+
+
+def weighed(x):
+    """A sum whose weights differ from place to place, so that no error cancels."""
+    return (x * (1 + 0.1 * torch.arange(x.numel(), device=x.device).reshape(x.shape).cos())).sum()
 
 
 # --- the sheet is complete ---
@@ -467,6 +470,23 @@ def test_the_gradient_is_that_of_finite_differences(case):
     slopes = torch.autograd.grad(sum(x.square().sum() for x in value(*smooth, *part.parameters())), smooth)
     assert any(slope.any() for slope in slopes)  # of zeros, any gradient would be right
     assert torch.autograd.gradcheck(value, (*smooth, *part.parameters()), fast_mode=True)
+
+
+@some(lambda case: case is not CASES["TimmEncoder"])  # torch has no forward mode of its attention
+def test_forward_mode_finds_the_slope_of_backward_mode_and_none_where_that_has_none(case):
+    part, batch = case.part(), case.batch()
+    names = [name for name, x in batch.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    tangents = [normal(*batch[name].shape, seed=8) for name in names]
+    _, gradients = backward(part, batch, names)
+    with dual_level():
+        dual = {name: make_dual(batch[name].detach(), tangent) for name, tangent in zip(names, tangents, strict=True)}
+        slopes = [unpack_dual(x).tangent for x in leaves(part(**{**batch, **dual})) if x.is_floating_point()]
+    slopes = [weighed(x) for x in slopes if x is not None]
+    if not gradients:
+        assert not slopes
+        return
+    wanted = sum((one * tangent).sum() for one, tangent in zip(gradients, tangents, strict=False))
+    assert sum(slopes).item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-12)
 
 
 def check_autocast(case, wanted, wanted_grads, result, grads):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import no_host_sync
 from torch._subclasses import FakeTensorMode
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.testing import assert_close
 
 from ffr.lattice import RUN, PermutohedralLattice, image_features, position_lattice
@@ -291,6 +292,20 @@ def test_position_lattices_are_kept_for_the_sizes_used_last_and_no_more():
         position_lattice((side, 4), sxy=1)
     assert position_lattice((5, 7), sxy=2) is not kept
     assert_close(kept(values), PermutohedralLattice(grid(5, 7, 2).float())(values))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_no_derivative_passes_through_in_either_mode(exact):
+    f, values = normal(20, 3), normal(20, 2, seed=1)
+    wanted = PermutohedralLattice(f, exact_adjoint=exact)(values)
+    ours = PermutohedralLattice(f.requires_grad_(), exact_adjoint=exact)(values.requires_grad_())
+    assert not ours.requires_grad
+    with dual_level():
+        f, values = (make_dual(x.detach(), torch.ones_like(x)) for x in (f, values))
+        again = PermutohedralLattice(f, exact_adjoint=exact)(values)
+        assert unpack_dual(again).tangent is None
+    for one in (ours, again):
+        assert_close(one, wanted, rtol=0, atol=0)
 
 
 # --- dtypes and memory ---
