@@ -123,7 +123,9 @@ def test_warmer_is_brighter_all_the_way():
     luminance = colours @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > 0).all()
     assert colours[0].tolist() == [10, 8, 46]
+    assert colours[25].tolist() == [86, 26, 124]
     assert colours[50].tolist() == [192, 52, 92]
+    assert colours[75].tolist() == [246, 146, 42]
     assert colours[100].tolist() == [255, 242, 170]
 
 

@@ -186,6 +186,25 @@ def test_every_file_is_designed_and_short_or_has_its_reason_in_the_changelog():
     assert special == reasons
 
 
+def defaults(source):
+    """Yield (argument, default) for every function of a file; None is no setting."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            named = zip(node.args.args[::-1], node.args.defaults[::-1], strict=False)
+            for argument, value in (*named, *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)):
+                if value is not None and ast.unparse(value) != "None":
+                    yield argument.arg, ast.unparse(value)
+
+
+def test_a_setting_has_one_default_in_functions_modules_and_the_objective():
+    found = {}
+    for module in PUBLIC_MODULES:
+        for argument, value in defaults(SOURCES[module]):
+            found.setdefault(argument, set()).add(value)
+    several = {argument for argument, values in found.items() if len(values) > 1}
+    assert several == {"dilation", "num_labels"}  # of convolutions, of a band; of scores, of colours
+
+
 def test_there_is_no_room_for_odds_and_ends():
     names = {path.stem for folder in ("ffr", "examples", "tests") for path in (ROOT / folder).rglob("*.py")}
     assert not names & {"utils", "util", "helpers", "misc", "common"}
