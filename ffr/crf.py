@@ -101,7 +101,7 @@ class DenseCRF(nn.Module):
             raise ValueError(f"{owner}: expected `probs` of at least one label and pixel, got {tuple(probs.shape)}.")
         _check.pixels(owner, image=image)
         _check.floating(owner, probs=probs)
-        image, probs = image.detach(), probs.detach()  # `no_grad` does not stop the tangents of forward mode
+        image, probs = image.detach(), probs.detach()
         for name, tensor in (("image", image), ("probs", probs)):
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
@@ -115,7 +115,7 @@ class DenseCRF(nn.Module):
                 )
         if (least := float(probs.min())) < -1e-3:
             raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Take logits' softmax, or `from_logits`.")
-        with torch.no_grad(), _check.no_autocast(probs):
+        with _check.no_autocast(probs):
             if not batch:
                 return self._mean_field(image, probs)
             return torch.stack([self._mean_field(*pair) for pair in zip(image, probs, strict=True)])

@@ -68,13 +68,13 @@ class PermutohedralLattice:
         _check.within(owner, at_least=1, at_most=6, d=self._sizes.pop("d"))
         _check.within(owner, at_least=1, N=self._sizes["N"], B=self._sizes.get("B", 1))
         self.exact_adjoint = exact_adjoint
-        with torch.no_grad(), _check.no_autocast(features):
+        with _check.no_autocast(features):
             columns = features.detach().to(torch.promote_types(features.dtype, torch.float32))
             columns = columns.flatten(0, -2).t().contiguous()
             self._build(columns, self._sizes["N"], features.device.type == "cpu" if count is None else count)
             if normalize:
                 ones = torch.ones_like(self.weight[:, :1])
-                scale = torch.rsqrt(weighted_rows(self.index, self.blurred(ones), self.weight) + 1e-20)
+                scale = torch.rsqrt(weighted_rows(self.index, self.blurred(ones), self.weight))
                 self.weight = self.weight * scale
                 self._spread_weight = self._spread_weight * scale[:, 0].index_select(0, self._spread_index)
 
@@ -90,7 +90,7 @@ class PermutohedralLattice:
         """
         _check.bind("PermutohedralLattice", sizes=self._sizes, values=(values, " ".join([*self._sizes, "C"])))
         _check.floating("PermutohedralLattice", values=values)
-        with torch.no_grad(), _check.no_autocast(values):
+        with _check.no_autocast(values):
             rows = weighted_rows(self.index, self.blurred(values.flatten(0, -2)), self.weight)
             return rows.reshape(values.shape).to(values.dtype)
 

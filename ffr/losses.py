@@ -304,24 +304,24 @@ def dense_energy_loss(
         def shrink(maps: Tensor) -> Tensor:
             return F.interpolate(maps.to(probs.dtype), size=small, mode="nearest").flatten(2).transpose(1, 2)
 
-        with torch.no_grad():  # which does not stop the tangents of forward mode: hence each `detach`
-            fixed = probs.detach()
-            inside = torch.ones_like(fixed[..., :1]) if roi is None else shrink(roi.detach()[:, None])
-            unlabelled = shrink((label == ignore_index)[:, None]) > 0
-            gate = torch.where(unlabelled, 1.0, (inside - fixed.amax(2, keepdim=True)).clamp(min=0))
-            gate = gate * (label != ignore_index).flatten(1).any(1)[:, None, None]
-            level = 1.0 if images.dtype == torch.uint8 else 255.0
-            colour = shrink(images.detach()) * (level / sigma_rgb)
-            y, x = (torch.arange(side, dtype=probs.dtype, device=probs.device) / (scale * sigma_xy) for side in small)
-            place = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(1, -1, 2)
-            features = torch.cat([place.expand(len(colour), -1, -1), colour], 2)
-            inner = fixed * inside
-            if exact_gradient:
-                both = _gaussian_filter(features, torch.cat([inner, gate * inner], 2), True)
-                near, back = both.chunk(2, 2)
-                slope = inside * (gate * near + back)
-            else:
-                slope = 2 * inside * gate * _gaussian_filter(features, inner, False)
+        # Not `no_grad`, which does not stop the tangents of forward mode.
+        fixed = probs.detach()
+        inside = torch.ones_like(fixed[..., :1]) if roi is None else shrink(roi.detach()[:, None])
+        unlabelled = shrink((label == ignore_index)[:, None]) > 0
+        gate = torch.where(unlabelled, 1.0, (inside - fixed.amax(2, keepdim=True)).clamp(min=0))
+        gate = gate * (label != ignore_index).flatten(1).any(1)[:, None, None]
+        level = 1.0 if images.dtype == torch.uint8 else 255.0
+        colour = shrink(images.detach()) * (level / sigma_rgb)
+        y, x = (torch.arange(side, dtype=probs.dtype, device=probs.device) / (scale * sigma_xy) for side in small)
+        place = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(1, -1, 2)
+        features = torch.cat([place.expand(len(colour), -1, -1), colour], 2)
+        inner = fixed * inside
+        if exact_gradient:
+            both = _gaussian_filter(features, torch.cat([inner, gate * inner], 2), True)
+            near, back = both.chunk(2, 2)
+            slope = inside * (gate * near + back)
+        else:
+            slope = 2 * inside * gate * _gaussian_filter(features, inner, False)
         # E is half of P . dE/dP, for G is symmetric; what is taken off carries no gradient.
         total = (probs * slope).sum()
         energy: Tensor = (total - 0.5 * total.detach()) * (-weight / max(1, sizes["B"]))

@@ -99,10 +99,9 @@ class PixelAdaptiveRefinement(nn.Module):
         _check.pixels(owner, images=images)
         return torch.cat(self._weights(images), 1)
 
-    @torch.no_grad()
     def _weights(self, images: Tensor) -> list[Tensor]:
         """One plane (B, 1, H, W) a neighbour: nothing 48 times the size of an image is ever copied."""
-        pixels = to_float(images.detach()).contiguous()  # `no_grad` does not stop the tangents of forward mode
+        pixels = to_float(images.detach()).contiguous()
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         neighbours = self._shifts(pixels)
         mean = torch.zeros_like(pixels)
