@@ -189,6 +189,14 @@ def test_a_cutoff_rounded_to_single_precision_keeps_its_frequency(size):
         assert passed(size, torch.tensor(cycles / size).item()) == cycles == passed(size, cycles / size)
 
 
+@pytest.mark.parametrize(("size", "cycles"), [(31, 1), (41, 4), (67, 6)])  # so few that two thin products are taken
+def test_a_rounded_cutoff_keeps_its_frequency_where_few_pass(size, cycles):
+    mu = float(np.float32(cycles / size))
+    assert mu * size < cycles
+    x = wave(size, cycles).reshape(1, 1, size, 1).expand(1, 2, size, 3)
+    assert_close(split_bands(x, mu).low, x)
+
+
 def test_compiled_and_eager_keep_the_same_where_sides_differ():
     x = noise(0, 1, 1, 28, 14)
     split = torch.compile(split_bands, fullgraph=True, backend="eager")
@@ -240,11 +248,14 @@ def test_the_module_is_the_function_with_its_cutoff_bound():
     assert repr(mask) == "FrequencyMask(mu=0.2)"
 
 
-def test_under_autocast_single_precision_stays_exact():
-    x = noise(0, 2, 3, 14, 14, dtype=torch.float32)
+@pytest.mark.parametrize("mu", [0.05, 0.3, 0.47])  # few frequencies pass, half of them, all but few: three products
+@pytest.mark.parametrize("tokens", [False, True])
+def test_under_autocast_single_precision_stays_exact(mu, tokens):
+    x = noise(0, 2, 3, 40, 40, dtype=torch.float32)
+    x, grid = (x.flatten(2).transpose(1, 2).contiguous(), (40, 40)) if tokens else (x, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, high = split_bands(x, 0.3)
-    assert_close((low, high), tuple(split_bands(x, 0.3)), rtol=0, atol=0)
+        low, high = split_bands(x, mu, grid=grid)
+    assert_close((low, high), tuple(split_bands(x, mu, grid=grid)), rtol=0, atol=0)
 
 
 # Graphs and caches ------------------------------------------------------------------------------------------------
@@ -326,6 +337,13 @@ def test_one_compiled_function_serves_every_grid_and_batch(cold, dynamic):
     for shape in ((2, 3, 5, 7), (4, 3, 5, 7), (4, 3, 8, 6), (1, 5, 9, 9)):
         x = noise(0, *shape)
         assert_close(compiled(x), split_bands(x, 0.3), rtol=0, atol=1e-13)
+
+
+def test_compiled_it_takes_tokens_too(cold):
+    torch._dynamo.reset()
+    x = as_tokens(noise(0, 2, 3, 5, 7))
+    compiled = torch.compile(split_bands, fullgraph=True, backend="eager")
+    assert_close(compiled(x, 0.3, grid=(5, 7)), split_bands(x, 0.3, grid=(5, 7)), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("strict", [False, True])
