@@ -230,8 +230,8 @@ def test_other_programs_see_an_indexed_picture_in_the_colours_of_voc(tmp_path):
 
 def test_a_mask_of_booleans_and_a_transposed_one_are_kept(tmp_path):
     mask = torch.rand(4, 7) > 0.5
-    draw.save_label(tmp_path / "a.png", mask.T)
-    np.testing.assert_array_equal(draw.load_label(tmp_path / "a.png"), mask.T.numpy())
+    draw.save_label(tmp_path / "a.PNG", mask.T)
+    np.testing.assert_array_equal(draw.load_label(tmp_path / "a.PNG"), mask.T.numpy())
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -417,7 +417,9 @@ def test_where_nothing_is_decided_the_terms_of_labels_are_exactly_zero(monkeypat
 def test_a_batch_of_any_size_works(size):
     images, labels = batch(size=size)
     loss = objective()
-    assert finite(loss, loss(images, labels, step=0))
+    terms = loss(images, labels, step=0)
+    assert finite(loss, terms)
+    assert_close(terms.cls, soft_margin(loss.model.classifier(loss.model.encoder(images).final), labels.double()))
 
 
 def test_a_picture_of_one_colour_is_finite():
