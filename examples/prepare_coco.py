@@ -11,8 +11,10 @@ of COCO 2014). Other data in COCO's format works as well, up to 254 classes. Run
 
 import json
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -89,10 +91,18 @@ class Annotations(NamedTuple):
     instances: dict[int, list[dict[str, Any]]]
 
 
+def packed(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the JSON with its polygons as arrays: a quarter of the memory of lists, which takes gigabytes."""
+    if isinstance(polygons := entry.get("segmentation"), list):
+        with suppress(TypeError, OverflowError):  # no numbers: it is told when the image is painted
+            entry["segmentation"] = [array("d", polygon) for polygon in polygons]
+    return entry
+
+
 def read_annotations(path: Path) -> Annotations:
     """Read an instances_*.json and check what refers to what."""
     with decoding("--coco", path):
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_hook=packed)
         categories = {int(each["id"]): str(each["name"]) for each in sorted(raw["categories"], key=lambda c: c["id"])}
         images = sorted(raw["images"], key=lambda each: each["file_name"])
         known = {each["id"] for each in images if int(each["height"]) > 0 and int(each["width"]) > 0}

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 import unicodedata
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -493,6 +494,13 @@ def differing_pixels(root, out, split, year="2017", crowd="class"):
 @pytest.fixture
 def coco(tmp_path):
     return {"coco": make_coco(tmp_path / "coco"), "out": tmp_path / "out"}
+
+
+def test_polygons_are_held_as_arrays_for_lists_of_all_coco_take_gigabytes(coco):
+    found = prepare_coco.read_annotations(coco["coco"] / "annotations/instances_train2017.json")
+    shapes = [each["segmentation"] for entries in found.instances.values() for each in entries]
+    assert {type(polygon) for shape in shapes if isinstance(shape, list) for polygon in shape} == {array}
+    assert prepare_coco.packed({"segmentation": [[1, 2, "x"]]}) == {"segmentation": [[1, 2, "x"]]}
 
 
 @pytest.mark.parametrize("crowd", ["class", "ignore"])
