@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import unicodedata
 from array import array
@@ -30,6 +31,7 @@ from scipy.io import savemat
 from ffr.draw import load_label, save_label
 
 RNG = np.random.default_rng(0)
+EXAMPLES = Path(prepare_voc.__file__).parent
 
 
 def photo(path, height, width):
@@ -64,6 +66,15 @@ def state(folder):
 
 def one_line(text):
     return re.sub(r"\s+", " ", text)
+
+
+# All three --------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_prepares_and_its_workers_load_no_transforms():
+    code = "import sys, prepare_coco, prepare_folder, prepare_voc; print('torchvision' in sys.modules)"
+    made = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True)
+    assert (made.stdout, made.stderr) == ("False\n", "")
 
 
 # VOC --------------------------------------------------------------------------------------------------------------

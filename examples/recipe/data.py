@@ -25,7 +25,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from ffr.draw import load_label
 from recipe.config import Config
@@ -288,6 +287,8 @@ class TrainImages(Dataset[tuple[Tensor, Tensor]]):
         for item in split.items:
             if item.labels is None:
                 raise ValueError(f"TrainImages: {item.name!r} has no labels. Training needs them for every image.")
+        from torchvision.transforms import v2  # seconds to import, for each process of a script that only reads images
+
         self.split, self.seed = split, seed
         colours = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
         self.augment = v2.Compose(
@@ -364,6 +365,8 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, scenes: Scenes, batch_size: int, seed: int) -> None:
+        from torchvision.transforms import v2
+
         self.scenes, self.batch_size, self.seed = scenes, batch_size, seed
         side = scenes.images.shape[-1]
         self.augment = v2.Compose(
