@@ -29,8 +29,8 @@ try:
     from recipe.data import EvalImages, SceneExamples
     from recipe.evaluation import CHOSEN, Protocol, evaluate_all
     from recipe.files import write_text, written
-    from recipe.prepare import command, counter, digest
-    from recipe.progress import say
+    from recipe.prepare import command, digest
+    from recipe.progress import Bar, say
     from recipe.weights import Trained, examples_for, load_weights, versions
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -180,7 +180,7 @@ def run(settings: Settings, console: Console) -> int:
     count = len(dataset) if settings.images is None else min(settings.images, len(dataset))
     crf_workers = (os.cpu_count() or 1) if settings.crf_workers is None else settings.crf_workers
     crf_workers = math.ceil(crf_workers / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    bar = counter(console, quiet=not state.is_main_process)
+    bar = Bar(console, quiet=not state.is_main_process)
     with bar:
         task = bar.add_task("scoring", total=count)
         try:

@@ -33,8 +33,8 @@ try:
     from recipe.data import SUFFIXES, decoding, left_alone, loading, read_image
     from recipe.evaluation import Protocol, look, queue_for, refining, scales_of, segment
     from recipe.files import LOCK, alone, files_below, open_folder, write_text, written
-    from recipe.prepare import command, counter, digest
-    from recipe.progress import say
+    from recipe.prepare import command, digest
+    from recipe.progress import Bar, say
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
 except ImportError as error:
@@ -339,10 +339,11 @@ def complete(
     write_record(settings, trained, everything, {})
     places = {name: [settings.out / f / f"{name}{FOLDERS[f]}" for f in settings.folders()] for name in names}
     todo = names
-    if not settings.overwrite:
-        todo = {name: file for name, file in names.items() if not all(whole(path, file) for path in places[name])}
     skipped: dict[str, str] = {}
-    with counter(console) as bar:
+    with Bar(console) as bar:
+        if before and not settings.overwrite:
+            looked = bar.track(names.items(), description="checking what is there")
+            todo = {name: file for name, file in looked if not all(whole(path, file) for path in places[name])}
         task = bar.add_task("segmenting", total=len(names), completed=len(names) - len(todo))
         for name, problem in segment_all(settings, trained, todo, device):
             if problem is not None:

@@ -30,8 +30,8 @@ try:
     from recipe.figures import bands_figure, motivation_figure, objects_figure, patch_figure
     from recipe.files import open_folder, write_text, written
     from recipe.look import AT_MOST, LIKELY, Glance, Motivation, Seen, choose, choose_patch, see, together
-    from recipe.prepare import command, counter
-    from recipe.progress import say, some
+    from recipe.prepare import command
+    from recipe.progress import Bar, say, some
     from recipe.weights import Trained, examples_for, load_weights, versions
     from recipe.words import as_spelt
     from rich.console import Console
@@ -168,7 +168,7 @@ class Album:
     def look(self, console: Console) -> None:
         """Look at `count` images, evenly spread; a broken one is left out."""
         count = min(self.settings.count, self.source.count)
-        bar = counter(console)
+        bar = Bar(console)
         with bar:
             for number in bar.track(range(count), description="looking"):
                 index = number * self.source.count // count

@@ -10,7 +10,9 @@ import sys
 import unicodedata
 from array import array
 from collections import Counter
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prepare_coco
@@ -23,7 +25,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
 from recipe.prepare import class_table
-from recipe.progress import some
+from recipe.progress import Bar, some
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
 from rich.console import Console
 from scipy.io import savemat
@@ -75,6 +77,20 @@ def test_a_script_that_prepares_and_its_workers_load_no_transforms():
     code = "import sys, prepare_coco, prepare_folder, prepare_voc; print('torchvision' in sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True)
     assert (made.stdout, made.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"), [({}, ["masks: 3 of 1,000", "masks: 6 of 1,000"]), ({"quiet": True}, [])]
+)
+def test_a_count_without_a_terminal_is_a_line_a_minute(options, lines, monkeypatch, capsys):
+    clock = count(step=25)
+    monkeypatch.setattr("recipe.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    bar = Bar(Console(force_terminal=False), **options)
+    with bar:
+        list(bar.track(range(4), total=1000, description="masks"))
+        for done in (5, 6, 7):
+            bar.update(bar.tasks[0].id, completed=done)
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 # VOC --------------------------------------------------------------------------------------------------------------

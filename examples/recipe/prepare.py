@@ -21,7 +21,6 @@ import tyro
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +28,7 @@ from ffr import crf
 from ffr.draw import save_label
 from recipe.data import IGNORE, Item, read_mask, write_split
 from recipe.files import open_folder, write_text
-from recipe.progress import Screen, say, some
+from recipe.progress import Bar, Screen, say, some
 
 RECORD = "prepare.json"
 ROWS = {
@@ -200,7 +199,7 @@ def work(
     function: Callable[[Task], Done], tasks: Sequence[Task], *, workers: int, title: str, console: Console
 ) -> list[Done]:
     """Apply `function` to every task in so many processes, in order; 0 means one a CPU."""
-    bar = counter(console)
+    bar = Bar(console)
     run = partial(_guarded, function)
     count = min(workers or os.cpu_count() or 1, max(1, len(tasks)))
     with bar:
@@ -219,14 +218,6 @@ def work(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-
-def counter(console: Console, *, quiet: bool = False) -> Progress:
-    """A bar that counts images, where there is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
 
 
 def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
@@ -316,7 +307,7 @@ class Summary:
                 notes.append(f"{split}: {row['images']:,} images, the official data has {row['official']:,}.")
         for split, counts in per_split.items():
             if none := [name for name, count in counts.items() if not count]:
-                notes.append(f"{split}: no image shows {', '.join(none)}.")
+                notes.append(f"{split}: no image shows {some(none, SHOWN)}.")
         if single := [name for name, counts in per_class.items() if sum(counts) == 1]:
             notes.append(f"shown by a single image: {some(single)}. Check the spelling.")
         for what, problems in (("left out", self.problems), ("mask left out", self.masks)):

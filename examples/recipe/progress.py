@@ -3,10 +3,22 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+PAUSE = 60.0  # seconds between the lines of a count
 
 
 class Screen(Console):
@@ -36,6 +48,34 @@ def some(names: Sequence[str], most: int = 8) -> str:
 def say(console: Console, text: str) -> None:
     """Print a line as it is."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+class Bar(Progress):
+    """A bar that counts images; where there is no terminal a line a minute, for a job may take hours."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        bar = console.is_terminal and not quiet
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, disable=not bar, auto_refresh=bar,
+        )  # fmt: skip
+        self.silent, self.said = bar or quiet, time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """So many images more."""
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def update(self, task_id: TaskID, **what: Any) -> None:
+        """So many images in all, as `completed`."""
+        super().update(task_id, **what)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if not self.silent and now - self.said >= PAUSE:
+            task, self.said = self._tasks[task_id], now
+            say(self.console, f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}")
 
 
 def progress(
