@@ -205,8 +205,9 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
         raise ValueError(f"--classes: expected different names, got {', '.join(map(repr, classes))}.")
     refuse_background(settings, (*(header or ()), *(label for row in rows for label in row.labels)))
     names, labels, listed = lookup(images), {}, {}
+    numbers = {name: number for number, name in enumerate(classes)}
     for row in rows:
-        if unknown := [label for label in row.labels if label not in classes]:
+        if unknown := [label for label in row.labels if label not in numbers]:
             raise ValueError(f"--labels: {row.where}: unknown class {unknown[0]!r}; known: {', '.join(classes)}.")
         name = find(row.name, names) or same(row.name)
         if name in labels:
@@ -215,7 +216,7 @@ def read_labels(settings: Settings, images: dict[str, Path]) -> tuple[tuple[str,
             raise ValueError(f"--labels: {row.where}: {row.name!r} is listed a second time{why}. Keep one row.")
         check_name(f"--labels: {row.where}", name)
         listed[name] = same(row.name)
-        labels[name] = tuple(sorted({classes.index(label) for label in row.labels}))
+        labels[name] = tuple(sorted({numbers[label] for label in row.labels}))
     return tuple(classes), labels
 
 
@@ -232,7 +233,8 @@ def refuse_background(settings: Settings, written: Sequence[str]) -> None:
 
 def refuse_several(rows: Sequence[Row], classes: Sequence[str]) -> None:
     """Refuse the label `cat,dog` where there is a class `cat`: several labels that are not separated as they should."""
-    joined = {name for name in classes if {part.strip() for part in re.split("[,;|]", name)} & {*classes} - {name}}
+    known = {*classes}
+    joined = {name for name in classes if ({part.strip() for part in re.split("[,;|]", name)} - {name}) & known}
     for row in rows if joined else ():
         for label in row.labels:
             if label in joined:

@@ -1016,6 +1016,15 @@ def test_the_head_of_a_narrow_table_of_classes_stands_on_one_line(capsys):
     assert capsys.readouterr().out.splitlines()[0] == "images of each class, train"
 
 
+def test_of_many_classes_that_no_image_shows_a_few_are_named(mine, tmp_path, monkeypatch, capsys):
+    rare = [f"rare {i}" for i in range(200)]
+    (tmp_path / "l.json").write_text(
+        json.dumps({name: ["ox", *rare][: 1 + 200 * (not i)] for i, name in enumerate(NAMES)})
+    )
+    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json", val_fraction=0.2) == 0
+    assert re.search(r": no image shows rare 0, (rare \d+, ){19}\.\.\.", one_line(capsys.readouterr().out))
+
+
 def test_of_many_classes_the_rarest_are_counted(mine, tmp_path, monkeypatch, capsys):
     often = [f"often {i}" for i in range(200)]
     (tmp_path / "l.json").write_text(
