@@ -74,7 +74,7 @@ class Bar(Progress):
     def _say(self, task_id: TaskID) -> None:
         now = time.monotonic()
         if not self.silent and now - self.said >= PAUSE:
-            task, self.said = self._tasks[task_id], now
+            task, self.said = self.tasks[self.task_ids.index(task_id)], now
             say(self.console, f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}")
 
 
