@@ -102,18 +102,19 @@ class DenseCRF(nn.Module):
         _check.pixels(owner, image=image)
         _check.floating(owner, probs=probs)
         image, probs = image.detach(), probs.detach()
+        ranges = {}
         for name, tensor in (("image", image), ("probs", probs)):
-            if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
+            ranges[name] = low, high = [float(x) for x in tensor.aminmax()]  # NaN where there is one
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
         # Resizing may leave either range by a rounding.
-        if image.is_floating_point():
-            darkest, brightest = (float(x) for x in image.aminmax())
-            if darkest < -1e-3 or brightest > 1.001:
-                raise ValueError(
-                    f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
-                    "normalisation first, or divide bytes by 255."
-                )
-        if (least := float(probs.min())) < -1e-3:
+        darkest, brightest = ranges["image"]
+        if image.is_floating_point() and (darkest < -1e-3 or brightest > 1.001):
+            raise ValueError(
+                f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
+                "normalisation first, or divide bytes by 255."
+            )
+        if (least := ranges["probs"][0]) < -1e-3:
             raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Take logits' softmax, or `from_logits`.")
         with _check.no_autocast(probs):
             if not batch:
@@ -156,7 +157,7 @@ class DenseCRF(nn.Module):
         names = torch.arange(num_classes + 1, device=label.device)[:, None, None]
         known = (label != ignore_index) & (label >= 0) & (label <= num_classes)
         rest = (1 - confidence) / num_classes
-        probs = torch.where(label == names, label.new_tensor(confidence, dtype=torch.float32), rest)
+        probs = torch.where(label == names, label.new_full((), confidence, dtype=torch.float32), rest)
         return self.forward(image, torch.where(known, probs, 1 / (num_classes + 1)))
 
     def extra_repr(self) -> str:

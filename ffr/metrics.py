@@ -165,7 +165,7 @@ class ThresholdSweep(_Counts):
         if not self.thresholds or not rising or not 0 <= self.thresholds[0] <= self.thresholds[-1] <= 1:
             raise ValueError(f"ThresholdSweep: expected `thresholds` in [0, 1] and rising, got {self.thresholds}.")
         super().__init__(num_labels, ignore_index, num_labels * (num_labels - 1) * (len(self.thresholds) + 1))
-        self._edges = torch.tensor(self.thresholds, dtype=torch.float64, device="cpu")
+        self._edges = torch.tensor(self.thresholds, device="cpu")  # as the last CAM was: a copy makes the host wait
 
     def update(self, cam: Tensor, target: Tensor) -> None:
         """Count one batch without host synchronisation.
@@ -184,10 +184,11 @@ class ThresholdSweep(_Counts):
         _check.bind(owner, sizes=sizes, remedy=remedy, cam=(cam, "B K H W"), target=(target, "B H W"))
         _check.floating(owner, cam=cam)
         _check.integer(owner, target=target)
-        self._edges = self._edges.to(cam.device)
+        if (self._edges.dtype, self._edges.device) != (cam.dtype, cam.device):
+            self._edges = torch.tensor(self.thresholds, dtype=cam.dtype, device=cam.device)
         score, index = cam.max(1)  # (B, H, W); the first of equals, as in cam_to_label
         # How many thresholds lie below the score, in the precision of the CAM, as a comparison with it would have it.
-        passed = torch.bucketize(score, self._edges.to(cam.dtype))
+        passed = torch.bucketize(score, self._edges)
         fits = (score >= 0) & (score <= 1.001)  # resizing may overshoot by a rounding; NaN does not fit
         self._add(target.long(), index * (len(self.thresholds) + 1) + passed, fits)
 
@@ -301,7 +302,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
         labels: multi-hot ``(n, K)``, any dtype, positive means > 0.5.
 
     Returns:
-        float64 ``(K,)`` in [0, 1], NaN for a class without positives.
+        float64 ``(K,)`` in [0, 1] on the CPU, NaN for a class without positives.
 
     Raises:
         TypeError: if `scores` is not floating.
@@ -318,9 +319,9 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     _check.floating(owner, scores=scores)
     if bool(scores.isnan().any()):
         raise ValueError(f"{owner}: expected `scores` without NaN. Look for the step that made them.")
-    ordered, order = scores.detach().sort(dim=0, descending=True)
-    hits = (labels > 0.5).gather(0, order).double()
-    rank = torch.arange(1, count + 1, device=scores.device)[:, None]
+    ordered, order = scores.detach().cpu().sort(dim=0, descending=True)
+    hits = (labels.cpu() > 0.5).gather(0, order).double()
+    rank = torch.arange(1, count + 1, device="cpu")[:, None]  # whatever the default device
     # Within a group of equal scores, all items have the precision at its end: the next place where the score falls.
     falls = torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)])
     ends = torch.where(falls, rank - 1, count).flip(0).cummin(0).values.flip(0)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_every_module import backward, check_autocast, every, leaves, same, through
+from test_every_module import backward, check_autocast, every, leaves, same, through, to
 from torch.testing import assert_close
+
+from ffr import DenseCRF, metrics
 
 
 def there(x):
@@ -28,7 +30,7 @@ def here(xs):
 def on_far(case, dtype=torch.float64, cast=None):
     """Result and gradients of a part there, brought here, and what the host waited for."""
     with far.reachable():
-        part, batch = through(case.part(dtype).to("far"), case.batch(dtype), there)
+        part, batch = through(case.part(dtype).to("far"), case.batch(dtype), lambda x: there(to(x, dtype)))
         with harness.host_waits() as waits:
             result, grads = backward(part, batch, case.smooth, cast, "far")
     return here(result), here(grads), waits
@@ -49,6 +51,44 @@ def test_autocast_by_the_lists_of_cuda_keeps_float32_or_stays_near_it(case, dtyp
     wanted, wanted_grads, _ = on_far(case, torch.float32)
     result, grads, _ = on_far(case, torch.float32, dtype)
     check_autocast(case, wanted, wanted_grads, result, grads)
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    """The device has no float64, as Apple's has none."""
+    made = far.Far.__new__
+
+    def new(cls, held):
+        assert held.dtype not in (torch.float64, torch.complex128)
+        return made(cls, held)
+
+    monkeypatch.setattr(far.Far, "__new__", staticmethod(new))
+
+
+@every
+def test_float32_needs_no_float64(case, no_float64):
+    on_far(case, torch.float32)
+
+
+def test_nor_do_crf_and_metrics(no_float64):
+    draw = torch.Generator().manual_seed(0)
+    image, label = torch.rand(3, 12, 16, generator=draw), torch.randint(4, (12, 16), generator=draw)
+    scores, labels = torch.rand(6, 3, generator=draw), torch.randint(2, (6, 3), generator=draw)
+    cam = torch.rand(1, 3, 12, 16, generator=draw)
+
+    def figures(move):
+        matrix, sweep, boundary = metrics.ConfusionMatrix(4), metrics.ThresholdSweep(4), metrics.BoundaryIoU(4)
+        matrix.update(move(label.flip(0)), move(label))
+        sweep.update(move(cam), move(label[None]))
+        boundary.update(move(label.flip(0)), move(label))
+        refined = DenseCRF().from_label(move(image), move(label), num_classes=3).cpu()
+        means = [x.miou() for x in (matrix, sweep, boundary)]
+        return refined, metrics.average_precision(move(scores), move(labels)), *map(torch.as_tensor, means)
+
+    with far.reachable():
+        ours = figures(there)
+    for one, other in zip(ours, figures(lambda x: x), strict=True):
+        assert_close(one, other, equal_nan=True)
 
 
 # --- the device ---
