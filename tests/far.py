@@ -7,7 +7,7 @@ values. `torch.autocast("far")` casts what it casts on CUDA. torch calls devices
 import re
 import runpy
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -60,19 +60,18 @@ class Far(Tensor):
         return computed(func, args, kwargs or {})
 
 
-COPYING = ("copy_", "_to_copy", "index", "index_put", "index_put_")  # of tensors of both devices
-
-
 def is_far(device):
     return device is not None and torch.device(device).type == "far"
 
 
 def computed(func, args, kwargs):
     """An operator's result, computed on the CPU; an error where tensors of both devices meet."""
+    name = func.overloadpacket.__name__
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
     held = {id(x.held): x for x in tensors if isinstance(x, Far)}
-    near = [x for x in tensors if not isinstance(x, Far) and x.dim()]  # a number may come from the host
-    if held and near and func.overloadpacket.__name__ not in COPYING:
+    bound = args[:1] + args[2:] if name in ("index", "index_put", "index_put_") else args  # not the places
+    bound = [x for x in tree_iter((bound, kwargs)) if isinstance(x, Tensor) and x.dim()]  # nor a number
+    if held and name not in ("copy_", "_to_copy") and not all(isinstance(x, Far) for x in bound):
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device, found far and cpu.")
     if func.namespace == "ffr":  # what it consists of runs there, not it as a whole
         with On():
@@ -118,9 +117,7 @@ class Functions(TorchFunctionMode):
 @contextmanager
 def reachable():
     """A block in which the device is there."""
-    with ExitStack() as stack:
-        stack.enter_context(On())
-        stack.enter_context(Functions())
+    with On(), Functions():
         yield
 
 
