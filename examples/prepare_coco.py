@@ -38,6 +38,7 @@ OFFICIAL = {  # images: all, and those with an annotation
 }
 SPLITS = ("train", "val")
 MASKS = "masks"
+FAR = 100_000  # pixels, far outside any image
 PRODUCTS = (MASKS, *(f"{split}.json" for split in SPLITS))
 
 
@@ -126,7 +127,11 @@ def covered(segmentation: Any, height: int, width: int) -> np.ndarray:
         # The rasteriser takes four numbers for a box, and leaves a stray last one out.
         if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
             raise ValueError("expected polygons of three points or more, x y x y x y")
-        codes = rle.frPyObjects([[float(number) for number in polygon] for polygon in segmentation], height, width)
+        polygons = [[float(number) for number in polygon] for polygon in segmentation]
+        # Nor does it stop at a point far away: it walks there, pixel by pixel.
+        if any(not abs(number) <= FAR for polygon in polygons for number in polygon):
+            raise ValueError(f"expected coordinates within -{FAR:,}..{FAR:,}, got others, or NaN")
+        codes = rle.frPyObjects(polygons, height, width)
     elif list(segmentation["size"]) != [height, width]:
         raise ValueError(f"expected an RLE of size {[height, width]} as its image, got {segmentation['size']}")
     elif isinstance(segmentation["counts"], list):
@@ -145,7 +150,7 @@ def paint(size: tuple[int, int], instances: Sequence[Instance]) -> np.ndarray:
     for each in instances:
         try:
             shapes.append((each, covered(each.segmentation, *size)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"annotation {each.id}: {error}") from error
     label = np.zeros(size, np.uint8)
     for each, shape in sorted(shapes, key=lambda pair: (-int(pair[1].sum()), pair[0].id)):

@@ -1,7 +1,9 @@
 """A device that is not the CPU, for where there is no GPU. Its tensors are tensors of the CPU inside, and meet none.
 
 What runs there takes the ways that the library has for a GPU, its Triton kernels excepted: forward, backward and with
-values. `torch.autocast("far")` casts what it casts on CUDA. torch calls devices in Python experimental.
+values. `torch.autocast("far")` casts what it casts on CUDA; it keeps no copies of weights. Importing this file changes
+what torch takes for the machine's accelerator: do so in a process of its own. torch calls devices in Python
+experimental.
 """
 
 import re
@@ -20,8 +22,9 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    pytest.skip("this torch has no devices in Python", allow_module_level=True)
+HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend") or not HEADER.is_file():
+    pytest.skip("this torch has no devices in Python, or no headers", allow_module_level=True)
 
 
 class Module(backend_registration._DummyBackendModule):
@@ -70,7 +73,9 @@ def computed(func, args, kwargs):
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
     held = {id(x.held): x for x in tensors if isinstance(x, Far)}
     bound = args[:1] + args[2:] if name in ("index", "index_put", "index_put_") else args  # not the places
-    bound = [x for x in tree_iter((bound, kwargs)) if isinstance(x, Tensor) and x.dim()]  # nor a number
+    bound = [x for x in tree_iter((bound, kwargs)) if isinstance(x, Tensor)]
+    if not func._schema.is_mutable and (torch.Tag.pointwise in func.tags or name == "where"):
+        bound = [x for x in bound if x.dim()]  # a number may come from the host
     if held and name not in ("copy_", "_to_copy") and not all(isinstance(x, Far) for x in bound):
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device, found far and cpu.")
     if func.namespace == "ffr":  # what it consists of runs there, not it as a whole
@@ -146,8 +151,9 @@ def register(name, overload, way):
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             dtypes = [x.dtype for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
             if way == "result":
+                said = "dtype" in kwargs or any(isinstance(x, torch.dtype) for x in args)
                 low = any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-                return operator(*args, **({"dtype": torch.float32} if low else {}) | kwargs)
+                return operator(*args, **kwargs, **({"dtype": torch.float32} if low and not said else {}))
             wide = torch.float32 if torch.float32 in dtypes or way == "float32" else torch.get_autocast_dtype("far")
             dtype = torch.get_autocast_dtype("far") if way == "low" else wide
             return operator(*cast(args, dtype), **cast(kwargs, dtype))
@@ -157,8 +163,7 @@ def register(name, overload, way):
 
 def listed():
     """Name, overload and way of every operator that CUDA casts."""
-    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
-    text = header.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = HEADER.read_text(encoding="utf-8").replace("\\\n", " ")
     for title, way in LISTS.items():
         (line,) = re.findall(rf"^#define AT_FORALL_{title}\(_\)(.*)$", text, re.MULTILINE)
         for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", line):

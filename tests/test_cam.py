@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -471,6 +472,13 @@ def test_scales_that_are_no_tuple_are_refused(scales):
 
 def test_an_image_of_one_pixel_has_a_flat_cam():
     assert_close(multi_scale_cam(lambda x: x, torch.rand(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1), rtol=0, atol=0)
+
+
+def test_maps_that_carry_a_tangent_themselves_give_none():
+    with dual_level():
+        weight = make_dual(torch.ones(2, 3, 1, 1), torch.ones(2, 3, 1, 1))
+        cam = multi_scale_cam(lambda pixels: F.conv2d(F.avg_pool2d(pixels, 2), weight), torch.rand(1, 3, 8, 8))
+        assert unpack_dual(cam).tangent is None
 
 
 def test_maps_that_need_a_gradient_themselves_serve_many_scales():

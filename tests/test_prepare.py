@@ -1,6 +1,7 @@
 """The scripts that prepare VOC, COCO and a folder: small trees made here, and every way in which they are hurt."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -76,21 +77,29 @@ def one_line(text):
 def test_a_script_that_prepares_and_its_workers_load_no_transforms():
     code = "import sys, prepare_coco, prepare_folder, prepare_voc; print('torchvision' in sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True)
-    assert (made.stdout, made.stderr) == ("False\n", "")
+    assert made.stdout == "False\n", made.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "lines"), [({}, ["masks: 3 of 1,000", "masks: 6 of 1,000"]), ({"quiet": True}, [])]
+    ("terminal", "options", "lines"),
+    [(False, {}, ["masks: 3 of 1,000", "masks: 6 of 1,000"]), (False, {"quiet": True}, []), (True, {}, [])],
 )
-def test_a_count_without_a_terminal_is_a_line_a_minute(options, lines, monkeypatch, capsys):
+def test_a_count_without_a_terminal_is_a_line_a_minute(terminal, options, lines, monkeypatch, capsys):
     clock = count(step=25)
     monkeypatch.setattr("recipe.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    bar = Bar(Console(force_terminal=False), **options)
+    bar = Bar(Console(force_terminal=terminal), **options)
     with bar:
         list(bar.track(range(4), total=1000, description="masks"))
         for done in (5, 6, 7):
             bar.update(bar.tasks[0].id, completed=done)
-    assert capsys.readouterr().out.splitlines() == lines
+    assert re.findall("masks: .*", capsys.readouterr().out) == lines
+
+
+def test_a_count_without_a_terminal_may_have_no_end(monkeypatch, capsys):
+    monkeypatch.setattr("recipe.progress.PAUSE", 0)
+    with Bar(Console(force_terminal=False)) as bar:
+        list(bar.track((letter for letter in "ab"), description="masks"))
+    assert capsys.readouterr().out.splitlines() == ["masks: 1", "masks: 2"]
 
 
 # VOC --------------------------------------------------------------------------------------------------------------
@@ -597,6 +606,9 @@ SEGMENTATIONS = {
     "odd": ([[1, 2, 3, 4, 5, 6, 7]], r"annotation 1: expected polygons"),
     "no polygon": ([], r"annotation 1: expected polygons"),
     "no numbers": ([["a"] * 6], r"annotation 1: could not convert"),
+    "far away": ([[1, 1, 5, 1, 5, 1e8]], r"annotation 1: expected coordinates within -100,000\.\.100,000"),
+    "NaN": ([[1, 1, 5, 1, 5, math.nan]], r"annotation 1: expected coordinates"),
+    "beyond a float": ([[1, 1, 5, 1, 5, 10**400]], r"annotation 1: int too large"),
     "nothing": (None, r"annotation 1: "),
     "RLE of another size": ({"size": [3, 3], "counts": [9]}, r"RLE of size \[6, 8\] as its image, got \[3, 3\]"),
     "short RLE": ({"size": [6, 8], "counts": [40, 2]}, r"RLE counts .* sum to 48, got 42"),

@@ -75,7 +75,8 @@ class Bar(Progress):
         now = time.monotonic()
         if not self.silent and now - self.said >= PAUSE:
             task, self.said = self.tasks[self.task_ids.index(task_id)], now
-            say(self.console, f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}")
+            of = "" if task.total is None else f" of {task.total:,.0f}"
+            say(self.console, f"{task.description}: {task.completed:,.0f}{of}")
 
 
 def progress(
