@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from recipe.config import VOC
 from recipe.data import (
     EvalImages,
     Item,
+    SceneImages,
     Split,
     TrainImages,
     read_image,
     read_mask,
     read_split,
     samples,
+    training_data,
     write_split,
 )
+from recipe.scenes import Scenes
 from torch.utils.data import DataLoader
 
 from ffr.draw import save_label
@@ -374,6 +379,33 @@ def test_a_crop_covers_the_asked_share_of_the_image(tmp_path):
     heights = [(int(images[n][0].max()) - int(images[n][0].min()) + 1) / 250 for n in range(60)]
     low, high = (0.32 * 0.75) ** 0.5, (0.5 / 0.75) ** 0.5  # aspect ratios from 3/4 to 4/3
     assert low - 0.02 < min(heights) < 0.55 and 0.7 < max(heights) < high + 0.02
+
+
+def test_the_hue_is_among_the_colours_that_move(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    images = TrainImages(Split(("a",), (Item("a", tmp_path / "a.png", None, ()),)), crop=9, jitter=1.0)
+    colours = [images[n][0][:, 4, 4].tolist() for n in range(20)]
+    assert any(green > blue for _, green, blue in colours) and any(green < blue for _, green, blue in colours)
+
+
+def test_the_settings_of_a_run_decide_how_its_images_are_augmented(folder):
+    plain = replace(VOC, data=folder, crop=33, crop_scale=(1.0, 1.0), flip=1.0, jitter=0.0)
+    n = next(n for n in range(5) if training_data(plain)[0].item(n).name.startswith("sub/ph oto.2"))  # the square one
+    mirror = read_image(folder / "sub/ph oto.2 é.png").flip(-1)
+    assert torch.equal(training_data(plain)[0][n][0], mirror)
+    for other in ({"crop_scale": (0.3, 0.3)}, {"flip": 0.0}, {"jitter": 1.0}):
+        assert not torch.equal(training_data(replace(plain, **other))[0][n][0], mirror)
+    assert training_data(replace(plain, seed=1))[0].seed == 1
+
+
+def test_scenes_are_flipped_shifted_and_recoloured_and_no_edge_is_filled_with_black():
+    ramp = torch.arange(100, 220, 4, dtype=torch.uint8).expand(1, 3, 30, 30)  # a row shows flip and shift
+    batch, _ = SceneImages(Scenes(ramp, torch.zeros(1, 30, 30), torch.ones(1, 1)), 64, 0).batch(0)
+    flipped = batch[:, 0, 0, 8] > batch[:, 0, 0, 22]
+    assert 16 < flipped.sum() < 48
+    assert batch.min() > 0.15
+    assert batch[:, 0].amax((1, 2)).std() > 0.05  # bright and dark ones
+    assert len({int(row.argmax()) for row in batch[~flipped][:, 0, 0]}) > 2  # the right edge has moved
 
 
 def test_a_broken_image_is_named_when_its_turn_comes(tmp_path):
