@@ -189,7 +189,7 @@ def precision(scores, truth):
 @pytest.mark.parametrize(
     "protocol",
     [
-        Protocol(threshold=0.4),
+        Protocol(threshold=0.405),  # the sweep has none of the kind
         Protocol(threshold=0.4, labels="predicted"),
         replace(MULTI, threshold=0.3),
         replace(MULTI, threshold=0.3, labels="predicted"),
@@ -214,6 +214,12 @@ def test_with_the_crf_the_segmentation_is_that_of_the_loops_and_the_cam_has_no_f
     assert result["seg_miou"] == pytest.approx(by_hand(model, few, protocol)["seg_miou"], abs=0.05)
     assert result["seg_miou"] != evaluate(model, few, replace(protocol, crf=False), device="cpu")["seg_miou"]
     assert result["cam_miou"] is None and result["classification_map"] is None and result["images"]["cam"] is None
+
+
+def test_the_crf_leaves_out_what_the_protocol_says(folder):
+    few = EvalImages(Split(folder.split.classes, folder.split.items[:2]))
+    all_out = evaluate(network(), few, Protocol(crf=True, crf_prune=1.0), device="cpu")["iou"]["seg"]
+    assert all_out != evaluate(network(), few, Protocol(crf=True), device="cpu")["iou"]["seg"]
 
 
 def test_one_pass_gives_the_figures_of_separate_passes(folder):
@@ -302,12 +308,28 @@ def test_if_no_image_can_be_used_the_first_reason_is_told(folder, tmp_path):
         evaluate(network(), EvalImages(Split(folder.split.classes, tuple(items))), Protocol(), device="cpu")
 
 
+def test_a_reason_that_is_too_long_is_cut_off_between_two_characters(folder):
+    items = list(folder.split.items[:3])
+    for shift in range(2):  # one of them has a character across the cut
+        items[shift] = items[shift]._replace(image=Path("x" * shift + "é" * 300))
+    dataset = EvalImages(Split(folder.split.classes, tuple(items)))
+    left_out = evaluate(network(), dataset, Protocol(), device="cpu")["left_out"]
+    assert sorted(len(reason.encode()) for reason in left_out.values()) == [499, 500]
+    assert all(reason.endswith("éé") for reason in left_out.values())
+
+
 def test_what_is_not_scored_has_no_figure(folder):
     items = tuple(item._replace(mask=None) for item in folder.split.items[:3])
     result = evaluate(network(), EvalImages(Split(folder.split.classes, items)), Protocol(), device="cpu")
     assert result["seg_miou"] is result["cam_miou"] is result["boundary_iou"] is None
     assert result["classification_map"] > 0 and result["thresholds"] == {}
     assert result["images"]["segmentation"] == 0 and result["images"]["classification"] == 3
+
+
+def test_the_report_counts_images_and_ends_at_their_number(folder):
+    told = []
+    evaluate(network(), folder, Protocol(), device="cpu", batch_size=4, report=told.append)
+    assert told == [4, 8, 11]
 
 
 def test_every_image_is_handed_on_with_the_label_map_of_the_last_protocol(folder):
