@@ -189,6 +189,26 @@ def test_biases_norms_and_positions_do_not_decay_and_heads_learn_faster(small):
         assert group["scale"] == (1.0 if name.startswith("encoder.") else 4.0), name
 
 
+def test_what_a_network_draws_follows_from_seed_and_step(small):
+    drawn = {}
+    for seed, start in ((0, 0), (0, 2), (1, 0)):  # dropout, say, after a restart too
+        trainer, values = build(replace(small, seed=seed)), drawn.setdefault((seed, start), [])
+        trainer.objective.register_forward_pre_hook(lambda *_, values=values: values.append(torch.rand(1).item()))
+        assert len(list(trainer.run(start))) == 4 - start
+    assert drawn[0, 2] == drawn[0, 0][2:]
+    assert len({*drawn[0, 0], *drawn[1, 0]}) == 8
+
+
+def test_the_settings_of_the_optimiser_reach_it(small):
+    config = replace(configure(small), warmup=0, lr=1e-3, weight_decay=0.02, head_scale=3.0, power=2.0)
+    trainer = quickstart.build(config, make_scenes("train", 8))
+    rates = [values["lr"] for _, values in trainer.run() if values is not None]
+    assert rates[-1] == pytest.approx(1e-3 * (1 / 4) ** 2)
+    groups = trainer.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.02}
+    assert sorted({group["lr"] for group in groups}) == pytest.approx([rates[-1], 3 * rates[-1]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
