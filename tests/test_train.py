@@ -786,6 +786,19 @@ def test_a_crop_below_a_patch_is_refused_by_its_flag():
     assert build_model(replace(tiny, crop=16), 2).encoder.patch_size == 16
 
 
+@pytest.mark.parametrize("preset", [SCENES, replace(VOC, pretrained=False, **TINY)])
+def test_the_settings_of_the_network_reach_it(preset):
+    model = build_model(replace(preset, mu=0.25, hidden=96, dilation=3), 2)
+    assert model.frequency.mu == 0.25
+    assert (model.head.phi_0.out_channels, model.head.phi_0.dilation) == (96, (3, 3))
+
+
+def test_checkpointing_of_gradients_is_switched_on_where_it_is_asked_for():
+    for asked in (True, False):
+        model = build_model(replace(VOC, pretrained=False, grad_checkpointing=asked, **TINY), 2)
+        assert model.encoder.model.grad_checkpointing is asked
+
+
 def test_weights_to_start_from_that_cannot_be_had_are_said_by_flag(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("timm.create_model", offline)
     assert run(monkeypatch, out=tmp_path / "run", pretrained=True, **TINY) == 2
