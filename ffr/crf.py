@@ -102,14 +102,15 @@ class DenseCRF(nn.Module):
         _check.pixels(owner, image=image)
         _check.floating(owner, probs=probs)
         image, probs = image.detach(), probs.detach()
-        ranges = {}
+        ranges = {"image": [0.0, 1.0]}
         for name, tensor in (("image", image), ("probs", probs)):
-            ranges[name] = low, high = [float(x) for x in tensor.aminmax()]  # NaN where there is one
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
+            if tensor.is_floating_point():
+                ranges[name] = low, high = torch.stack(tensor.aminmax()).tolist()  # NaN where there is one
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
         # Resizing may leave either range by a rounding.
         darkest, brightest = ranges["image"]
-        if image.is_floating_point() and (darkest < -1e-3 or brightest > 1.001):
+        if darkest < -1e-3 or brightest > 1.001:
             raise ValueError(
                 f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
                 "normalisation first, or divide bytes by 255."

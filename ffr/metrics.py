@@ -165,7 +165,7 @@ class ThresholdSweep(_Counts):
         if not self.thresholds or not rising or not 0 <= self.thresholds[0] <= self.thresholds[-1] <= 1:
             raise ValueError(f"ThresholdSweep: expected `thresholds` in [0, 1] and rising, got {self.thresholds}.")
         super().__init__(num_labels, ignore_index, num_labels * (num_labels - 1) * (len(self.thresholds) + 1))
-        self._edges = torch.tensor(self.thresholds, device="cpu")  # as the last CAM was: a copy makes the host wait
+        self._edges = torch.tensor(self.thresholds, device="cpu")  # then as the last CAM: each copy would wait
 
     def update(self, cam: Tensor, target: Tensor) -> None:
         """Count one batch without host synchronisation.

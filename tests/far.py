@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -21,10 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
-
-HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend") or not HEADER.is_file():
-    pytest.skip("this torch has no devices in Python, or no headers", allow_module_level=True)
 
 
 class Module(backend_registration._DummyBackendModule):
@@ -163,7 +158,8 @@ def register(name, overload, way):
 
 def listed():
     """Name, overload and way of every operator that CUDA casts."""
-    text = HEADER.read_text(encoding="utf-8").replace("\\\n", " ")
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    text = header.read_text(encoding="utf-8").replace("\\\n", " ")
     for title, way in LISTS.items():
         (line,) = re.findall(rf"^#define AT_FORALL_{title}\(_\)(.*)$", text, re.MULTILINE)
         for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", line):

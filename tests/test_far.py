@@ -13,8 +13,9 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils import backend_registration
 
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    pytest.skip("this torch has no devices in Python", allow_module_level=True)
+HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend") or not HEADER.is_file():
+    pytest.skip("this torch has no devices in Python, or no headers", allow_module_level=True)
 
 ROOT, HERE = Path(__file__).parents[1], Path(__file__).parent
 
@@ -99,7 +100,7 @@ def test_evaluation_and_prediction_are_those_of_the_cpu(trained):
             "cam": scores["single"]["cam_miou"],
             "probabilities": torch.from_numpy(probabilities).float(),
         }
-    assert_close(found[False], found[True], rtol=0, atol=2e-2)
+    assert_close(found[False], found[True], rtol=0, atol=2e-3)
 
 
 @pytest.mark.slow
