@@ -109,12 +109,10 @@ class DenseCRF(nn.Module):
                 if not (math.isfinite(low) and math.isfinite(high)):
                     raise ValueError(f"{owner}: expected `{name}` to be finite, got NaN or infinity.")
         # Resizing may leave either range by a rounding.
-        darkest, brightest = ranges["image"]
-        if darkest < -1e-3 or brightest > 1.001:
-            raise ValueError(
-                f"{owner}: expected `image` as uint8 or float in [0, 1], got {darkest:g}..{brightest:g}. Undo its "
-                "normalisation first, or divide bytes by 255."
-            )
+        low, high = ranges["image"]
+        if low < -1e-3 or high > 1.001:
+            remedy = "Undo its normalisation first, or divide bytes by 255."
+            raise ValueError(f"{owner}: expected `image` as uint8 or float in [0, 1], got {low:g}..{high:g}. {remedy}")
         if (least := ranges["probs"][0]) < -1e-3:
             raise ValueError(f"{owner}: expected `probs` >= 0, got {least:g}. Take logits' softmax, or `from_logits`.")
         with _check.no_autocast(probs):
