@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
-from recipe.prepare import class_table
+from recipe.prepare import class_table, pool_of
 from recipe.progress import Bar, some
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
 from rich.console import Console
@@ -446,6 +446,15 @@ def task(number):
 if __name__ == "__main__":
     work(task, range(2), workers=2, title="", console=Console())
 """
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process starts anew")
+def test_the_processes_of_a_pool_share_what_is_large():
+    with pool_of(2) as pool:
+        server = pool.submit(os.getppid).result()
+        assert server != os.getpid()
+        assert "libtorch" in Path(f"/proc/{server}/maps").read_text()
 
 
 @pytest.mark.slow

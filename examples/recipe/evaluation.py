@@ -3,11 +3,10 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from ffr import FFR, DenseCRF
 from ffr.cam import normalize_cam, present_classes, put_classes, scaled_size, take_classes, to_float, to_image
 from ffr.metrics import BoundaryIoU, ConfusionMatrix, ThresholdSweep, average_precision
 from recipe.data import EvalImages, Example, SceneExamples, loading
-from recipe.prepare import start_worker
+from recipe.prepare import pool_of
 
 THRESHOLDS = tuple(i / 100 for i in range(100))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,8 +189,7 @@ def refining(
     if workers == 0:
         yield lambda image, probs: _finished(refine(image.numpy(), probs.numpy()))
         return
-    # Spawned, not forked: torch, CUDA and the progress bar have threads by now.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
+    with pool_of(workers) as pool:
         try:
             yield lambda image, probs: pool.submit(refine, image.numpy(), probs.numpy())
         finally:

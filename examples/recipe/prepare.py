@@ -44,6 +44,7 @@ ROWS = {
 }
 SHOWN = 20  # problems on the screen; the record has all
 COUNTED = 100  # classes on the screen, the rarest
+LARGE = ("ffr.crf", "timm", "torchvision", "PIL.Image", "pycocotools.mask", "tyro", "rich.progress")  # slow to import
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -205,9 +206,7 @@ def work(
     with bar:
         if count == 1:
             return list(bar.track(map(run, tasks), total=len(tasks), description=title))
-        # Spawned, not forked: torch and the progress bar have threads by now.
-        context = get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=start_worker) as pool:
+        with pool_of(count) as pool:
             try:
                 results = pool.map(run, tasks, chunksize=max(1, min(32, len(tasks) // (4 * count))))
                 return list(bar.track(results, total=len(tasks), description=title))
@@ -226,6 +225,18 @@ def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
         return function(task)
     except (ValueError, OSError) as error:
         return Done(getattr(task, "name", str(task)), problem=str(error))
+
+
+def pool_of(workers: int) -> ProcessPoolExecutor:
+    """So many processes of one thread each.
+
+    They are not forked from this one, whose torch, CUDA and progress bar have threads by now. On Linux they come from a
+    server that imports once what takes long and much memory, and share it; elsewhere each starts anew.
+    """
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload([name for name in LARGE if name in sys.modules])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 def start_worker() -> None:
