@@ -10,9 +10,10 @@ version = release = ffr.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
-default_role = "literal"  # docstrings write `name` for an argument
+default_role = "py:obj"  # docstrings write `name` for what can be linked to, and for arguments
 html_theme = "furo"
 html_title = f"ffr {release}"
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -30,6 +31,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|t
 
 def setup(app):
     """Leave out what `print` shows of a module, and the fields of a NamedTuple, which its own docstring explains."""
+    app.connect("missing-reference", lambda app, env, node, shown: shown if _argument(node) else None)
     app.connect(
         "autodoc-skip-member", lambda app, what, name, value, skip, options: _said_elsewhere(name, value) or None
     )
@@ -37,3 +39,8 @@ def setup(app):
 
 def _said_elsewhere(name, value):
     return name == "extra_repr" or (getattr(value, "__doc__", None) or "").startswith("Alias for field number")
+
+
+def _argument(node):
+    """Whether a name that is nowhere to be found may be that of an argument; a dead `ffr.` is an error."""
+    return node["reftype"] == "obj" and not node["reftarget"].startswith("ffr.")

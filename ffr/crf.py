@@ -241,8 +241,8 @@ def crf_files(crf: DenseCRF, jobs: Sequence[Job], *, workers: int | None = None)
 
     Example:
         >>> from ffr.crf import DenseCRF, crf_files
-        >>> jobs = []  # [(folder / f"{name}.jpg", scores / f"{name}.npy", out / f"{name}.png") for name in names]
-        >>> for path in crf_files(DenseCRF(), jobs):  # rich.progress.track(..., total=len(jobs)) draws a bar
+        >>> jobs = []  # [("horse.jpg", "horse.npy", "horse.png"), ...]
+        >>> for path in crf_files(DenseCRF(), jobs):  # rich.progress.track draws a bar
         ...     pass
     """
     _check.within("crf_files", whole=True, workers=0 if workers is None else workers)

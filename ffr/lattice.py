@@ -42,7 +42,7 @@ class PermutohedralLattice:
     Example:
         >>> import torch
         >>> from ffr.lattice import PermutohedralLattice
-        >>> lattice = PermutohedralLattice(torch.zeros(5, 2))  # five points at one place: the mean
+        >>> lattice = PermutohedralLattice(torch.zeros(5, 2))  # five points in one place: mean
         >>> lattice(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]))[:, 0].round(decimals=4)
         tensor([2., 2., 2., 2., 2.])
 

@@ -47,7 +47,7 @@ def segmentation_loss(
         >>> import torch
         >>> from ffr.losses import segmentation_loss
         >>> logits = torch.zeros(1, 3, 4, 4)
-        >>> segmentation_loss(logits, torch.full((1, 16, 16), 2))  # log(3) / 2: no background pixel
+        >>> segmentation_loss(logits, torch.full((1, 16, 16), 2))  # log(3) / 2, for no pixel is 0
         tensor(0.5493)
 
     Reference: FFR (CVPR 2025), :math:`L_{s1}` and :math:`L_{s2}`; the halves are the lineage's (ToCo, CVPR 2023).
@@ -270,10 +270,10 @@ def dense_energy_loss(
     Example:
         >>> import torch
         >>> from ffr.losses import dense_energy_loss
-        >>> label = torch.tensor([[[255, 255], [255, 0]]])  # all of one colour, and three of them unlabelled
+        >>> label, image = torch.tensor([[[255, 255], [255, 0]]]), torch.ones(1, 3, 2, 2)
         >>> logits = torch.tensor([100.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
-        >>> energy = dense_energy_loss(logits, label, images=torch.ones(1, 3, 2, 2), weight=1.0, scale=1.0)
-        >>> bool(-12 < energy < -6)  # three pixels, and in true units four neighbours each
+        >>> energy = dense_energy_loss(logits, label, images=image, weight=1.0, scale=1.0)
+        >>> bool(-12 < energy < -6)  # three pixels unlabelled, in true units four neighbours each
         True
 
     Reference: Tang et al., ECCV 2018; gate, half resolution and numbers of the lineage (ToCo, CVPR 2023), whose
@@ -337,8 +337,8 @@ class DenseEnergyLoss(nn.Module):
     Example:
         >>> import torch
         >>> from ffr import DenseEnergyLoss
-        >>> loss = DenseEnergyLoss()
-        >>> energy = loss(torch.randn(2, 21, 4, 4), torch.zeros(2, 64, 64).long(), images=torch.rand(2, 3, 64, 64))
+        >>> logits, label = torch.randn(2, 21, 4, 4), torch.zeros(2, 64, 64).long()
+        >>> energy = DenseEnergyLoss()(logits, label, images=torch.rand(2, 3, 64, 64))
         >>> bool(energy < 0)
         True
     """

@@ -243,7 +243,7 @@ class BoundaryIoU(_Counts):
         >>> truth[8:24, 8:24] = shifted[8:24, 9:25] = 1
         >>> score = BoundaryIoU(num_labels=2)
         >>> score.update(shifted, truth)
-        >>> round(score.miou(), 3)  # 30 of the 60 + 60 - 30 pixels on the two outlines; IoU is 0.882
+        >>> round(score.miou(), 3)  # 30 of 60 + 60 - 30 pixels on the outlines; IoU is 0.882
         0.333
 
     Reference: Cheng et al., Boundary IoU (CVPR 2021): definition, 2 % of the diagonal, 3 x 3 erosion repeated d times.

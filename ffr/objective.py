@@ -71,7 +71,7 @@ class FFRLoss(nn.Module):
 
     Raises:
         ValueError: if a weight or a threshold is out of range, or `world_size` comes without `all_reduce`.
-        TypeError: if `model` is no `ffr.FFR`, such as one that is wrapped already.
+        TypeError: if `model` is no `ffr.framework.FFR`, such as one that is wrapped already.
 
     Example:
         >>> import torch
@@ -82,7 +82,8 @@ class FFRLoss(nn.Module):
         ...     def forward(self, images):
         ...         x = super().forward(images)
         ...         return Features(final=x, intermediate=x)
-        >>> objective = FFRLoss(FFR(Tiny(3, 8, 16, stride=16), num_classes=5, hidden=16), start=100)
+        >>> model = FFR(Tiny(3, 8, 16, stride=16), num_classes=5, hidden=16)
+        >>> objective = FFRLoss(model, start=100)
         >>> terms = objective(torch.rand(2, 3, 64, 64), torch.ones(2, 5), step=0)
         >>> terms.total.backward()
         >>> terms.seg  # not before step 100

@@ -130,8 +130,8 @@ class ClassPrototypes(nn.Module):
     Example:
         >>> import torch
         >>> from ffr import ClassPrototypes
-        >>> x, cam, labels = torch.randn(2, 64, 14, 14), torch.rand(2, 20, 448, 448), torch.ones(2, 20)
-        >>> vectors, valid = ClassPrototypes()(x, cam, labels)
+        >>> x, cam = torch.randn(2, 64, 14, 14), torch.rand(2, 20, 448, 448)
+        >>> vectors, valid = ClassPrototypes()(x, cam, torch.ones(2, 20))
         >>> vectors.shape, valid.shape
         (torch.Size([2, 20, 64]), torch.Size([2, 20]))
     """

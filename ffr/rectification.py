@@ -129,7 +129,8 @@ def rectification_loss(
         >>> from ffr.rectification import rectification_loss
         >>> x = torch.randn(1, 8, 14, 14)
         >>> p, valid = torch.randn(1, 3, 8), torch.tensor([[True, True, False]])
-        >>> loss = rectification_loss(features=x, low=split_bands(x, 0.4).low, prototypes=p, valid=valid)
+        >>> low = split_bands(x, 0.4).low
+        >>> loss = rectification_loss(features=x, low=low, prototypes=p, valid=valid)
         >>> loss.shape
         torch.Size([])
 
@@ -200,8 +201,9 @@ class RectificationLoss(nn.Module):
         >>> import torch
         >>> from ffr import RectificationLoss, FrequencyMask
         >>> x = torch.randn(2, 8, 14, 14)
-        >>> parts = dict(features=x, low=FrequencyMask(0.4)(x).low, prototypes=torch.randn(2, 3, 8),
-        ...              valid=torch.ones(2, 3, dtype=torch.bool))
+        >>> low, p = FrequencyMask(0.4)(x).low, torch.randn(2, 3, 8)
+        >>> valid = torch.ones(2, 3, dtype=torch.bool)
+        >>> parts = dict(features=x, low=low, prototypes=p, valid=valid)
         >>> rectify = RectificationLoss(gap=0.05)
         >>> rectify(**parts).shape, rectify.select(**parts).shape
         (torch.Size([]), torch.Size([2, 3, 14, 14]))

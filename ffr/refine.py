@@ -211,7 +211,8 @@ def refine_label(
         >>> import torch
         >>> from ffr.refine import PixelAdaptiveRefinement, refine_label
         >>> image, cam = torch.rand(1, 3, 64, 64), torch.rand(1, 20, 4, 4)
-        >>> refine_label(image, cam, torch.ones(1, 20), refinement=PixelAdaptiveRefinement((1, 2))).shape
+        >>> par = PixelAdaptiveRefinement(dilations=(1, 2))
+        >>> refine_label(image, cam, torch.ones(1, 20), refinement=par).shape
         torch.Size([1, 64, 64])
 
     Reference: the lineage's pseudo label (ToCo, CVPR 2023).

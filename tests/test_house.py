@@ -282,6 +282,32 @@ def test_the_examples_of_every_module_run(name):
     assert result.failed == 0
 
 
+WIDTH = 90  # letters of code that fit a page of the documentation
+
+
+def code_on(page):
+    """The lines of code of a page."""
+    fenced = re.findall(r"^( *)```\w*\n(.*?)^ *```$", page, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix(indent) for indent, block in fenced for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_the_code_of_a_page_is_not_cut_off(page):
+    assert [line for line in code_on(page.read_text(encoding="utf-8")) if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC_MODULES])
+def test_the_code_of_an_example_is_not_cut_off(name):
+    lines = [line.strip() for line in SOURCES[name].splitlines()]
+    code = [line for line in lines if line.startswith((">>> ", "... "))]
+    assert code
+    assert [line for line in code if len(line) > WIDTH] == []
+
+
+def test_a_long_line_of_code_is_seen():
+    assert code_on(f"a\n  ```python\n  >>> {'x' * 100}\n  ```\n{'y' * 100}\n") == [f">>> {'x' * 100}"]
+
+
 def resolve(path):
     """The object with a dotted name, by import and then by attribute; None if there is none."""
     parts = path.split(".")
