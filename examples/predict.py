@@ -38,6 +38,8 @@ try:
     from recipe.weights import Trained, load_weights, versions
     from rich.console import Console
 except ImportError as error:
+    if __name__ != "__main__":  # visualize takes from here
+        raise
     sys.exit(f"predict needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
 
 from torch import Tensor

@@ -20,20 +20,19 @@ try:
     import torch
     import tyro
     from accelerate import Accelerator
+    from recipe.config import PRESETS, Config, on_cpu
+    from recipe.data import SceneExamples, SceneImages
+    from recipe.engine import Diverged, Trainer
+    from recipe.evaluation import Protocol, evaluate
+    from recipe.files import open_folder, written
+    from recipe.picture import save_picture, steps_of
+    from recipe.progress import Screen, progress
+    from recipe.scenes import CLASSES, Scenes, make_scenes
+    from recipe.weights import versions
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
     sys.exit(f"quickstart needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
-
-from recipe.config import PRESETS, Config, on_cpu
-from recipe.data import SceneExamples, SceneImages
-from recipe.engine import Diverged, Trainer
-from recipe.evaluation import Protocol, evaluate
-from recipe.files import open_folder, written
-from recipe.picture import save_picture, steps_of
-from recipe.progress import Screen, progress
-from recipe.scenes import CLASSES, Scenes, make_scenes
-from recipe.weights import versions
 
 from ffr import FFR
 

@@ -28,19 +28,18 @@ try:
     import torch
     import tyro
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from recipe.bands import band_energies, features_by_depth, high_share
+    from recipe.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
+    from recipe.config import PRESETS, Config, on_cpu
+    from recipe.data import evaluation_data, training_data
+    from recipe.engine import Diverged, Trainer
+    from recipe.evaluation import Protocol, computing, evaluate
+    from recipe.files import alone, open_folder, written
+    from recipe.progress import Screen, progress, say
+    from recipe.weights import save_weights, versions
     from rich.console import Console
 except ImportError as error:
     sys.exit(f"train needs {error.name}: run pip install -e '.[examples]' in the checkout of ffr.")
-
-from recipe.bands import band_energies, features_by_depth, high_share
-from recipe.checkpoint import checkpoints, fingerprint, load_checkpoint, save_checkpoint
-from recipe.config import PRESETS, Config, on_cpu
-from recipe.data import evaluation_data, training_data
-from recipe.engine import Diverged, Trainer
-from recipe.evaluation import Protocol, computing, evaluate
-from recipe.files import alone, open_folder, written
-from recipe.progress import Screen, progress, say
-from recipe.weights import save_weights, versions
 
 from ffr import FFR
 

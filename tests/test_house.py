@@ -233,6 +233,28 @@ def test_the_extras_cover_what_the_examples_and_the_tests_import():
             assert heads - known - ours - sys.stdlib_module_names == set(), path.name
 
 
+WITHOUT = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None
+sys.path.insert(0, "examples")
+for script in sys.argv[2:]:
+    try:
+        runpy.run_path(f"examples/{script}.py", run_name="__main__")
+    except SystemExit as error:
+        print(error.code)
+"""
+
+
+@pytest.mark.parametrize("missing", ["timm", "torchvision", "rich"])
+def test_a_script_without_a_library_says_what_to_install(missing):
+    scripts = ["quickstart", "train", "evaluate", "predict", "visualize"]
+    run = [sys.executable, "-c", WITHOUT, missing, *scripts]
+    said = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert said.stderr == ""
+    for line, script in zip(said.stdout.splitlines(), scripts, strict=True):
+        assert re.fullmatch(rf"{script} needs {missing}[\w.]*: run pip install -e '\.\[examples\]' in .*", line)
+
+
 def test_the_versions_agree():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.+)$", text, re.MULTILINE)[1] == ffr.__version__
