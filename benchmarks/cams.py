@@ -10,7 +10,7 @@ every call. Weights are random: the time does not depend on them.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -115,11 +115,10 @@ def difference(one: list[Tensor], two: list[Tensor]) -> float:
     return max(float((a.cpu() - b.cpu()).abs().max()) for a, b in zip(one, two, strict=True))  # grad-cam's are there
 
 
-def measure(arguments: Arguments) -> list[dict[str, Any]]:
+def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
     """Each case: how many times faster, and how far apart."""
     torch.manual_seed(0)
     model = Classifier(arguments.model, arguments.size, arguments.classes).to(arguments.device).eval()
-    rows = []
     for batch in arguments.batches:
         for present in arguments.present:
             images = torch.randn(batch, 3, arguments.size, arguments.size, device=arguments.device)
@@ -136,16 +135,13 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
             for name in ("grad-cam", "torchcam"):
                 theirs = functions[name]()
                 same = enlarged(mine, arguments.size) if name == "grad-cam" else mine
-                rows.append(
-                    {
-                        "batch": batch,
-                        "present": present,
-                        "opponent": name,
-                        "times_faster": harness.ratio(times, name, "ours")._asdict(),
-                        "max_difference": difference(same, theirs),
-                    }
-                )
-    return rows
+                yield {
+                    "batch": batch,
+                    "present": present,
+                    "opponent": name,
+                    "times_faster": harness.ratio(times, name, "ours")._asdict(),
+                    "max_difference": difference(same, theirs),
+                }
 
 
 def show(arguments: Arguments, rows: list[dict[str, Any]]) -> None:
@@ -170,7 +166,7 @@ def main() -> int:
     """Run from the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments)
+    rows = harness.until_stopped(measure(arguments))
     show(arguments, rows)
     print("wrote", harness.save("cams", asdict(arguments), rows, device=arguments.device, out=arguments.out))
     return 0

@@ -151,11 +151,11 @@ def main() -> int:
         sys.exit(f"crf.py: the opponent is pydensecrf2: {ORACLE}")
     torch.set_num_threads(arguments.threads)
     pictures = photographs(arguments)
-    rows = [
+    rows = harness.until_stopped(
         {"setting": name, "opponent": key, **row}
         for name, values in SETTINGS.items()
         for key, row in compare(arguments, pictures, *values).items()
-    ]
+    )
     cells = [
         (
             f"{row['setting']}, {row['opponent']}",

@@ -9,7 +9,7 @@ step.py.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def ours(logits: Tensor, label: Tensor, picture: Tensor, *, exact: bool) -> tupl
     return energy.detach(), torch.autograd.grad(energy, leaf)[0]
 
 
-def compare(arguments: Arguments, side: int) -> list[dict[str, Any]]:
+def compare(arguments: Arguments, side: int) -> Iterator[dict[str, Any]]:
     """Speed, memory and how far the lattice is from all pairs, for one size."""
     made = inputs(side, arguments.labels, arguments.device)
     functions: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
@@ -94,27 +94,23 @@ def compare(arguments: Arguments, side: int) -> list[dict[str, Any]]:
     # Half a second of each a round: all pairs take so long that one call of ours would see another machine.
     times = harness.measure(functions, rounds=arguments.rounds, warmup=1, seconds=0.5, device=arguments.device)
     peaks = {name: harness.peak_bytes(function, arguments.device) for name, function in functions.items()}
-    rows = []
     for name in ("exact gradient", "customary gradient"):
         energy, gradient = functions[name]()
-        rows.append(
-            {
-                "side": side,
-                "form": name,
-                "times_faster": harness.ratio(times, "all pairs", name)._asdict(),
-                "times_less_memory": peaks["all pairs"] / peaks[name],
-                "energy_over_all_pairs": float(energy / wanted),
-                "gradient_cosine": float(F.cosine_similarity(gradient.flatten(), slope.flatten(), dim=0)),
-            }
-        )
-    return rows
+        yield {
+            "side": side,
+            "form": name,
+            "times_faster": harness.ratio(times, "all pairs", name)._asdict(),
+            "times_less_memory": peaks["all pairs"] / peaks[name],
+            "energy_over_all_pairs": float(energy / wanted),
+            "gradient_cosine": float(F.cosine_similarity(gradient.flatten(), slope.flatten(), dim=0)),
+        }
 
 
 def main() -> int:
     """Run from the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    rows = [row for side in arguments.sides for row in compare(arguments, side)]
+    rows = harness.until_stopped(row for side in arguments.sides for row in compare(arguments, side))
     cells = [
         (
             f"{row['side']} x {row['side']}, {row['form']}",

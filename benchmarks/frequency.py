@@ -11,12 +11,15 @@ real part), "fft2" the same without shifts, "rfft2" the half spectrum, "scipy" s
 bfloat16, so all go through float32. "floor" reads once and writes twice: a copy, and a subtraction of what was read.
 """
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import torch
@@ -127,13 +130,48 @@ def both_ways(function: Callable[[Tensor], Pair], weights: Pair) -> Callable[[Te
     return run
 
 
-def case(grid: tuple[int, int], batch: int, dtype: str, layout: str, arguments: Arguments) -> list[dict[str, Any]]:
+class Case(NamedTuple):
+    """What is split."""
+
+    dtype: str
+    grid: tuple[int, int]
+    batch: int
+    layout: str
+
+    def inputs(self, arguments: Arguments) -> Tensor:
+        """The first input."""
+        shape = (self.batch, arguments.channels, *self.grid)
+        if self.layout == "tokens":
+            shape = (self.batch, self.grid[0] * self.grid[1], arguments.channels)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(arguments.device, DTYPES[self.dtype])
+
+
+def compile_ahead(cases: list[Case], arguments: Arguments) -> None:
+    """Let processes compile the kernels of all cases side by side: Triton keeps them on the disk, one by one it waits.
+
+    Each takes as much memory as a case does. What goes wrong here comes up again where it is measured.
+    """
+    room = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 20 * arguments.limit
+    workers = max(1, min(len(cases), os.cpu_count() or 1, 8, int(room / (10 * arguments.limit))))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = [pool.submit(split_once, case, arguments) for case in cases]
+        problems = [error for one in done if (error := one.exception()) is not None]
+    if problems:
+        print(f"compiling ahead failed for {len(problems)} of {len(cases)} cases: {problems[0]}")
+
+
+def split_once(case: Case, arguments: Arguments) -> None:
+    """Forward and backward, as they are measured."""
+    x = case.inputs(arguments)
+    way = forms(case.grid, case.layout, arguments)["ours"]
+    both_ways(way, (torch.randn_like(x), torch.randn_like(x)))(x)
+
+
+def measured(one: Case, arguments: Arguments) -> Iterator[dict[str, Any]]:
     """Rows of one case: forward, and forward with backward."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, arguments.channels, *grid)
-    if layout == "tokens":
-        shape = (batch, grid[0] * grid[1], arguments.channels)
-    x = torch.randn(shape, generator=generator).to(arguments.device, DTYPES[dtype])
+    dtype, grid, batch, layout = one
+    x = one.inputs(arguments)
     copies = 1 if arguments.device == "cpu" else max(1, CACHE // x.nbytes)
     inputs = [x, *(x.clone() for _ in range(copies - 1))]
     weights = torch.randn_like(x), torch.randn_like(x)
@@ -142,7 +180,6 @@ def case(grid: tuple[int, int], batch: int, dtype: str, layout: str, arguments: 
     apart = {name: float((way(x)[0].double() - exact).abs().max() / exact.abs().max()) for name, way in ways.items()}
     if max(apart.values()) > TOLERANCE[dtype]:
         raise RuntimeError(f"{grid} {dtype} {layout}: results differ: {apart}")
-    rows = []
     for kind in ("forward", "forward + backward"):
         single = kind == "forward"
         # scipy has no derivative
@@ -157,51 +194,50 @@ def case(grid: tuple[int, int], batch: int, dtype: str, layout: str, arguments: 
         times = harness.measure(calls, rounds=arguments.rounds, device=arguments.device)
         peaks = {name: harness.peak_bytes(call, arguments.device) / x.nbytes for name, call in calls.items()}
         best = {name: min(times[name]) for name in ("ours", "floor")}
-        rows.append(
-            {
-                "grid": f"{grid[0]} x {grid[1]}",
-                "batch": batch,
-                "dtype": dtype,
-                "layout": layout,
-                "kind": kind,
-                "times_faster_than": {
-                    name: harness.ratio(times, name, "ours")._asdict()
-                    for name in calls
-                    if name not in ("ours", "floor", "copy")
-                },
-                "times_the_floor": harness.ratio(times, "ours", "floor")._asdict(),
-                # we move three tensors, or with the backward pass six, and a copy two
-                "share_of_copy_rate": harness.spread(
-                    [(1.5 if single else 3) * a / b for a, b in zip(times["copy"], times["ours"], strict=True)]
-                )._asdict()
-                if "copy" in times
-                else None,
-                "peak_inputs": peaks,
-                "relative_difference": apart,
-                "gigabytes_per_second": {name: 3 * x.nbytes / time / 1e9 for name, time in best.items()},
-                "fused": arguments.device != "cpu" and frequency._fused(x, *grid) is not None,
-            }
-        )
-    return rows
+        yield {
+            "grid": f"{grid[0]} x {grid[1]}",
+            "batch": batch,
+            "dtype": dtype,
+            "layout": layout,
+            "kind": kind,
+            "times_faster_than": {
+                name: harness.ratio(times, name, "ours")._asdict()
+                for name in calls
+                if name not in ("ours", "floor", "copy")
+            },
+            "times_the_floor": harness.ratio(times, "ours", "floor")._asdict(),
+            # we move three tensors, or with the backward pass six, and a copy two
+            "share_of_copy_rate": harness.spread(
+                [(1.5 if single else 3) * a / b for a, b in zip(times["copy"], times["ours"], strict=True)]
+            )._asdict()
+            if "copy" in times
+            else None,
+            "peak_inputs": peaks,
+            "relative_difference": apart,
+            "gigabytes_per_second": {name: 3 * x.nbytes / time / 1e9 for name, time in best.items()},
+            "fused": arguments.device != "cpu" and frequency._fused(x, *grid) is not None,
+        }
 
 
-def measure(arguments: Arguments) -> list[dict[str, Any]]:
+def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
     """All cases that fit."""
-    rows = []
-    cases = [(grid, batch) for grid in GRIDS for batch in arguments.batches]
+    grids = [(grid, batch) for grid in GRIDS for batch in arguments.batches]
     if arguments.quick:
-        cases = QUICK["cpu" if arguments.device == "cpu" else "cuda"]
+        grids = QUICK["cpu" if arguments.device == "cpu" else "cuda"]
+    cases = []
     for dtype in list(DTYPES)[:2] if arguments.quick else DTYPES:
-        for grid, batch in cases:
+        for grid, batch in grids:
             size = batch * arguments.channels * grid[0] * grid[1] * DTYPES[dtype].itemsize / 2**30
             if size > arguments.limit:
                 print(f"left out: {dtype}, {grid[0]} x {grid[1]}, batch {batch}: {size:.2f} GiB")
                 continue
-            for layout in LAYOUTS:
-                rows += case(grid, batch, dtype, layout, arguments)
-                print(".", end="", flush=True)
+            cases += [Case(dtype, grid, batch, layout) for layout in LAYOUTS]
+    if arguments.device.startswith("cuda"):
+        compile_ahead(cases, arguments)
+    for one in cases:
+        yield from measured(one, arguments)
+        print(".", end="", flush=True)
     print()
-    return rows
 
 
 def show(arguments: Arguments, rows: list[dict[str, Any]]) -> None:
@@ -281,7 +317,7 @@ def main() -> int:
     """Run from the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments)
+    rows = harness.until_stopped(measure(arguments))
     show(arguments, rows)
     path = harness.save("frequency", asdict(arguments), rows, device=arguments.device, out=arguments.out)
     plot(rows, path.with_suffix(".png"))

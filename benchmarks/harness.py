@@ -4,12 +4,13 @@ import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -182,6 +183,36 @@ def host_waits(device: str = "cpu") -> Iterator[list[str]]:
     found += [f"{Path(one.filename).name}:{one.lineno}" for one in waits]
 
 
+class Rows(list[dict[str, Any]]):
+    """What was measured, and whether all of it."""
+
+    complete = True
+
+
+class _Stopped(BaseException):
+    """SIGTERM came."""
+
+
+def until_stopped(rows: Iterable[dict[str, Any]]) -> Rows:
+    """The rows, or those that are there when SIGTERM comes, as `timeout` sends it; without any it ends the script."""
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    found, before = Rows(), signal.signal(signal.SIGTERM, stop)
+    try:
+        for row in rows:
+            found.append(row)
+    except _Stopped:
+        if not found:
+            sys.exit("stopped before the first result")
+        found.complete = False
+        print(f"\nstopped: {len(found)} results are kept, the rest is missing")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return found
+
+
 def metadata(device: str = "cpu") -> dict[str, Any]:
     """Where and with what a benchmark ran."""
     return {
@@ -230,7 +261,8 @@ def save(
         raise FileExistsError(f"{path} is there, and results are never edited. Name another file with --out.")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in settings.items() if name != "out"}  # no path of this machine
-    record = {"subject": subject, "machine": about, "settings": kept, "rows": list(rows)}
+    complete = getattr(rows, "complete", True)
+    record = {"subject": subject, "machine": about, "settings": kept, "complete": complete, "rows": list(rows)}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     part.replace(path)

@@ -8,6 +8,7 @@ vectorised over tokens. Labels are drawn: 1 to 3 classes an image of 20, 1 to 6 
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -73,9 +74,8 @@ def gradient(function: Any, features: Tensor, weights: tuple[Tensor, Tensor]) ->
     return torch.autograd.grad(function(leaf), leaf, weights)[0]
 
 
-def measure(arguments: Arguments) -> list[dict[str, Any]]:
+def measure(arguments: Arguments) -> Iterator[dict[str, Any]]:
     """Each case: how many times faster, and how far apart."""
-    rows = []
     side, device = arguments.grid, arguments.device
     for classes, most in PRESENT.items():
         for batch in arguments.batches:
@@ -105,19 +105,16 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
                 apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*pairs, strict=True))
                 times = harness.measure(functions, rounds=arguments.rounds, device=device)
                 peaks = {name: harness.peak_bytes(function, device) for name, function in functions.items()}
-                rows.append(
-                    {
-                        "classes": classes,
-                        "batch": batch,
-                        "present": int(labels.sum()),
-                        "max_present": bound,
-                        "kind": kind,
-                        "times_faster": harness.ratio(times, "loop", "ours")._asdict(),
-                        "times_less_memory": peaks["loop"] / peaks["ours"],
-                        "relative_difference": apart,
-                    }
-                )
-    return rows
+                yield {
+                    "classes": classes,
+                    "batch": batch,
+                    "present": int(labels.sum()),
+                    "max_present": bound,
+                    "kind": kind,
+                    "times_faster": harness.ratio(times, "loop", "ours")._asdict(),
+                    "times_less_memory": peaks["loop"] / peaks["ours"],
+                    "relative_difference": apart,
+                }
 
 
 def show(arguments: Arguments, rows: list[dict[str, Any]]) -> None:
@@ -144,7 +141,7 @@ def main() -> int:
     """Run from the command line."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments)
+    rows = harness.until_stopped(measure(arguments))
     show(arguments, rows)
     print("wrote", harness.save("prototypes", asdict(arguments), rows, device=arguments.device, out=arguments.out))
     return 0

@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -94,10 +94,9 @@ def usual(images: Tensor, scores: Tensor, iterations: int = 10) -> Tensor:
 
 
 @torch.no_grad()
-def speed(arguments: Arguments) -> list[dict[str, Any]]:
+def speed(arguments: Arguments) -> Iterator[dict[str, Any]]:
     """Each case: how many times faster and smaller, and how far apart."""
     torch.backends.cudnn.allow_tf32 = False  # else a convolution keeps 10 bits of the scores: no agreement
-    rows = []
     for side, channels in arguments.cases:
         generator = torch.Generator().manual_seed(side)
         coarse = torch.rand(arguments.batch, 3, side // 8, side // 8, generator=generator)
@@ -114,19 +113,16 @@ def speed(arguments: Arguments) -> list[dict[str, Any]]:
         times = harness.measure(functions, rounds=arguments.rounds, warmup=1, device=arguments.device)
         peaks = {name: harness.peak_bytes(function, arguments.device) for name, function in functions.items()}
         for name in apart:
-            rows.append(
-                {
-                    "side": side,
-                    "channels": channels,
-                    "form": name,
-                    "times_faster": harness.ratio(times, "usual", name)._asdict(),
-                    "times_less_memory": peaks["usual"] / peaks[name],
-                    "peak_bytes": peaks[name],
-                    "peak_bytes_usual": peaks["usual"],
-                    "max_difference": apart[name],
-                }
-            )
-    return rows
+            yield {
+                "side": side,
+                "channels": channels,
+                "form": name,
+                "times_faster": harness.ratio(times, "usual", name)._asdict(),
+                "times_less_memory": peaks["usual"] / peaks[name],
+                "peak_bytes": peaks[name],
+                "peak_bytes_usual": peaks["usual"],
+                "max_difference": apart[name],
+            }
 
 
 def looped(images: Tensor, cam: Tensor, labels: Tensor, high: float, low: float, iterations: int) -> Tensor:
@@ -310,7 +306,7 @@ def main() -> int:
         show_pseudo_label(arguments, rows)
         subject = "pseudo-label"
     elif arguments.coco is None:
-        rows = speed(arguments)
+        rows = harness.until_stopped(speed(arguments))
         show_speed(arguments, rows)
         subject = "refinement"
     else:

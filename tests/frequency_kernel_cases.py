@@ -16,6 +16,7 @@ from torch.testing import assert_close
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
+import interpreter  # noqa: F401
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ffr import _frequency_kernel as kernel

@@ -1,9 +1,13 @@
 """The benchmarks: each runs small on a CPU, prints what it promises and writes what it printed; no test on times."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import harness
 import inference
@@ -13,6 +17,7 @@ import torch
 
 from ffr import FFR, timm_encoder
 
+GPU = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 SMALL = ["--model", "vit_tiny_patch16_224", "--crop", "32", "--batch", "1", "--classes", "3"]
 
 
@@ -41,6 +46,72 @@ def test_a_ratio_is_taken_round_by_round():
     # a busy moment hits both: the ratio of the medians would be 2
     assert harness.ratio({"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 3.0]}, "a", "b") == (2.0, 2.0, 3.0)
     assert harness.spread([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_a_benchmark_that_is_stopped_keeps_what_it_has(tmp_path):
+    def rows():
+        yield {"case": 1}
+        yield {"case": 2}
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield {"case": 3}
+
+    before = signal.getsignal(signal.SIGTERM)
+    found = harness.until_stopped(rows())
+    assert found == [{"case": 1}, {"case": 2}]
+    assert signal.getsignal(signal.SIGTERM) is before
+    record = json.loads(harness.save("x", {}, found, out=tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert (record["complete"], record["rows"]) == (False, found)
+    whole = harness.until_stopped(iter([{"case": 1}]))
+    assert json.loads(harness.save("x", {}, whole, out=tmp_path / "y.json").read_text(encoding="utf-8"))["complete"]
+
+
+def test_a_benchmark_that_is_stopped_at_once_ends():
+    def rows():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield {}
+
+    with pytest.raises(SystemExit, match="before the first result"):
+        harness.until_stopped(rows())
+
+
+PYTHON = """#!/bin/sh
+case "$1" in
+    -c) echo nvidia-x ;;
+    benchmarks/cams.py) exit 3 ;;
+    benchmarks/crf.py) exec sleep 60 ;;
+    *) echo "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("seconds", [22, 5])
+def test_the_benchmarks_of_a_gpu_keep_to_their_time(seconds, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PYTHON, encoding="utf-8")
+    python.chmod(0o755)
+    script = GPU.read_text(encoding="utf-8").replace("run 60 crf", "run 1 crf")
+    assert script.count("run 1 crf") == 1
+    (tmp_path / "benchmarks").mkdir()
+    for file in GPU.parent.glob("*.py"):
+        (tmp_path / "benchmarks" / file.name).touch()
+    (tmp_path / "benchmarks" / "gpu.sh").write_text(script, encoding="utf-8")
+    made = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "figures"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": str(python), "SECONDS_IN_ALL": str(seconds)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    report = made.stdout.rstrip().splitlines()[-9:]
+    assert made.returncode == 1
+    if seconds == 5:
+        assert {line.partition(": ")[2] for line in report} == {"no time left"}
+        return
+    assert re.search(rf"--device cuda --out {tmp_path}/figures/\S+-nvidia-x-step\.json --precision bf16", made.stdout)
+    ended = {line.partition(": ")[0]: re.sub(r", \d+ s", "", line.partition(": ")[2]) for line in report}
+    assert (ended.pop("crf"), ended.pop("cams")) == ("stopped after 1 s", "failed with status 3")
+    assert set(ended.values()) == {"done"}
 
 
 def test_the_peak_is_that_of_what_lives_at_once():

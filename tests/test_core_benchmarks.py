@@ -49,8 +49,29 @@ def test_the_benchmark_of_the_mask_shows_every_case_its_floor_and_a_plot(tmp_pat
 
 def test_a_result_that_differs_is_no_speed(monkeypatch):
     monkeypatch.setattr(frequency.Opponent, "__call__", lambda self, x: (x, x - x))
+    case = frequency.Case("float32", (6, 7), 1, "maps")
     with pytest.raises(RuntimeError, match="results differ"):
-        frequency.case((6, 7), 1, "float32", "maps", frequency.Arguments(channels=2, rounds=1))
+        next(frequency.measured(case, frequency.Arguments(channels=2, rounds=1)))
+
+
+@pytest.mark.slow
+def test_what_fails_when_compiled_ahead_is_said_and_the_rest_goes_on(capsys):
+    cases = [frequency.Case(dtype, (6, 7), 1, "maps") for dtype in ("float32", "bfloat16", "none")]
+    frequency.compile_ahead(cases, frequency.Arguments(channels=2))
+    assert capsys.readouterr().out == "compiling ahead failed for 1 of 3 cases: 'none'\n"
+
+
+def test_a_case_compiled_ahead_is_split_and_joined(monkeypatch):
+    calls = []
+
+    def split(x, mu, grid):
+        calls.append((x.shape, x.dtype, mu, grid))
+        return split_bands(x, mu, grid=grid)
+
+    monkeypatch.setattr(frequency, "split_bands", split)
+    case = frequency.Case("bfloat16", (6, 7), 3, "tokens")
+    frequency.split_once(case, frequency.Arguments(channels=2))
+    assert calls == [((3, 42, 2), torch.bfloat16, 0.4, (6, 7))]
 
 
 def test_the_benchmark_of_the_prototypes_agrees_with_its_loop(tmp_path, monkeypatch):

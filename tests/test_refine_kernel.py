@@ -15,6 +15,8 @@ from ffr.refine import PixelAdaptiveRefinement, refine_label
 
 SCRIPT = """
 import sys
+sys.path.insert(0, "tests")
+import interpreter
 import torch
 from ffr import refine
 

@@ -129,7 +129,7 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the forward pass; weights are fp32. With fp32 on a GPU, torch uses TF32 in convolutions but not in products"""
     compile: bool = False
-    """torch.compile encoder and refinement: minutes at the start, then faster"""
+    """torch.compile the encoder, on a CPU the refinement too: minutes at the start, then faster"""
     fsdp: bool = False
     """divide weights and optimiser over the ranks (FSDP) instead of copying them (DDP)"""
     grad_checkpointing: bool = False

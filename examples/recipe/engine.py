@@ -92,8 +92,10 @@ class Trainer:
         self.objective = build_objective(config, self.model, **together).train()
         if config.compile:
             blocks = getattr(getattr(self.model.encoder, "model", None), "blocks", None)
-            for part in (*(blocks or [self.model.encoder]), self.objective.refinement):
+            for part in blocks or [self.model.encoder]:
                 part.compile()  # by block: one graph serves them all, and an image of another size does not cost much
+            if accelerator.device.type == "cpu":  # a GPU has a kernel for it, which a compiled part would pass over
+                self.objective.refinement.compile()
         if self.ranks > 1 and any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
             if accelerator.device.type == "cpu":
                 raise ValueError("--model: batch norm cannot be shared by ranks on a CPU. Run one process, or a ViT.")
