@@ -189,6 +189,15 @@ def test_the_compiled_step_is_the_same_step_and_the_eager_one_stays_eager(how):
     assert len(graphs) == {"blocks": 6, "whole": 1}[how]
 
 
+def test_compiled_for_a_gpu_the_refinement_keeps_its_kernel():
+    model = FFR(timm_encoder("vit_tiny_patch16_224", img_size=32, depth=3), 3)
+    for device in ("cpu", "cuda"):
+        arguments = step.Arguments(crop=32, classes=3, compile="blocks", device=device)
+        called = step.compiled(arguments, step.FFRLoss(model, start=0))
+        assert (called.refinement._compiled_call_impl is None) == (device == "cuda")
+        assert all(block._compiled_call_impl is not None for block in called.model.encoder.model.blocks)
+
+
 def test_the_operations_of_attention_are_counted_on_every_device():
     encoder = timm_encoder("vit_tiny_patch16_224", img_size=64)
     tokens, width, blocks = 17, 192, 12

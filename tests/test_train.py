@@ -997,6 +997,16 @@ def test_compiled_it_trains_the_same(whole, monkeypatch, tmp_path):
     assert load_file(tmp_path / "run" / "last.safetensors").keys() == load_file(whole / "last.safetensors").keys()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compiled_the_refinement_keeps_its_kernel_where_there_may_be_one(device):
+    one = SimpleNamespace(process_index=0, num_processes=1, device=torch.device(device))
+    one.prepare_model = one.prepare_optimizer = lambda same: same
+    trainer = Trainer(replace(SCENES, compile=True), None, 3, one)
+    compiled = {part for part in trainer.objective.modules() if part._compiled_call_impl is not None}
+    blocks = set(trainer.model.encoder.model.blocks)
+    assert compiled == (blocks | {trainer.objective.refinement} if device == "cpu" else blocks)
+
+
 LONG = {"steps": 60, "save_every": 2, "val_every": 0, "log_every": 5, "seg_start": 20, "affinity_start": 20}
 
 
