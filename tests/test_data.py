@@ -1,6 +1,7 @@
 """Prepared folders, files of every kind, and sampling by number."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -28,7 +29,8 @@ from recipe.data import (
     training_data,
     write_split,
 )
-from recipe.scenes import Scenes
+from recipe.files import write_text, written
+from recipe.scenes import Scenes, make_scenes
 from torch.utils.data import DataLoader
 
 from ffr.draw import save_label
@@ -131,6 +133,21 @@ def test_a_failing_write_keeps_the_list_that_was_there(folder, monkeypatch):
     assert (folder / "val.json").read_bytes() == before and not list(folder.glob(".*"))
 
 
+def test_a_file_is_on_the_disk_before_its_name_is_and_anybody_may_read_it(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, call=call: (done.append(name), call(*given)))
+    write_text(tmp_path / "list.txt", "a\n")
+    assert done == ["fsync", "replace"]
+    assert (tmp_path / "list.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_error_without_a_number_keeps_its_words(tmp_path):
+    with pytest.raises(OSError, match=r"^no room$"), written(tmp_path / "list.txt"):
+        raise OSError("no room")
+
+
 # Files ------------------------------------------------------------------------------------------------------------
 
 RGB = np.random.default_rng(1).integers(0, 256, (6, 9, 3), np.uint8)
@@ -145,8 +162,9 @@ def test_rgb_is_read_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_grey_becomes_rgb(bits, tmp_path):
-    grey = RGB[..., 0]
-    Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 256 + 77).save(tmp_path / "a.png")
+    grey = RGB[..., 0].copy()
+    grey[0, 0] = 255
+    Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 257).save(tmp_path / "a.png")  # white is 65535
     assert np.array_equal(read_image(tmp_path / "a.png").numpy(), np.stack([grey] * 3))
 
 
@@ -340,6 +358,7 @@ def test_no_random_state_but_its_own_is_touched(folder):
     assert state() == before and len(crops) == 4
     with pytest.raises(IndexError):
         images[-1]
+    SceneImages(make_scenes("train", 3), 2, 0).batch(0)
     assert state() == before
 
 
