@@ -209,6 +209,16 @@ def test_the_settings_of_the_optimiser_reach_it(small):
     assert sorted({group["lr"] for group in groups}) == pytest.approx([rates[-1], 3 * rates[-1]])
 
 
+def test_a_gradient_is_cut_to_its_bound_and_0_is_none(small):
+    norms = {}
+    for clip in (0.0, 1e-3):
+        trainer = quickstart.build(replace(configure(small), clip=clip), make_scenes("train", 8))
+        next(trainer.run())
+        moments = [state["exp_avg"].flatten() for state in trainer.optimizer.state.values()]
+        norms[clip] = float(torch.cat(moments).norm()) / (1 - 0.9)  # what Adam lets in
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[0.0] > 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

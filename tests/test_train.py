@@ -27,7 +27,7 @@ from recipe import checkpoint, engine
 from recipe.config import PRESETS, SCENES, VOC, Config
 from recipe.data import Item, SceneImages, TrainImages, read_split, write_split
 from recipe.engine import Trainer
-from recipe.network import build_model
+from recipe.network import ConvStem, build_model
 from recipe.scenes import CLASSES, make_scenes
 from recipe.weights import fill, load_weights, save_weights
 from rich.console import Console
@@ -315,31 +315,43 @@ def test_without_ffr_neither_its_head_nor_its_rectification_counts(monkeypatch, 
 # Stopped and gone on ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "at"), [(signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 2)]
-)  # before a start
-def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
-    number, code, at, whole, monkeypatch, tmp_path, capsys
-):
-    out, write = tmp_path / "run", train.Log.write
+def signalled(monkeypatch, at, number):
+    """The signal comes when that step is logged."""
+    write = train.Log.write
 
     def interrupted(self, step, kind, values):
         write(self, step, kind, values)
         if (step, kind) == (at, "train"):
             os.kill(os.getpid(), number)
 
+    monkeypatch.setattr(train.Log, "write", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "at"), [(signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 2)]
+)  # before a start
+def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
+    number, code, at, whole, monkeypatch, tmp_path, capsys
+):
+    out, handler = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Log, "write", interrupted)
+        signalled(patch, at, number)
         assert run(patch, out=out) == code
     assert f"interrupted after step {at}, which is saved" in capsys.readouterr().out
     assert checkpoint.checkpoints(out)[0].name == f"checkpoint-0000000{at}.pt"
-    assert signal.getsignal(number) is not None
+    assert signal.getsignal(number) == handler
     assert run(monkeypatch, out=out, resume=True) == 0
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
     assert same_weights(out / "best.safetensors", whole / "best.safetensors")
     terms = [[{**line, "images_per_second": 0, "waiting": 0} for line in logged(each)] for each in (out, whole)]
     assert terms[0] == terms[1]
     assert [line["step"] for line in logged(out, "run")] == [0, at]
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_leave_anything_out(monkeypatch, tmp_path):
+    signalled(monkeypatch, 2, signal.SIGTERM)
+    assert run(monkeypatch, out=tmp_path, steps=2, val_every=0) == 0
+    assert [line["step"] for line in logged(tmp_path, "val")] == [2]
 
 
 @pytest.mark.parametrize("at", [4, 8])
@@ -369,6 +381,14 @@ def test_a_run_cut_off_in_a_validation_makes_it_up_when_it_goes_on(cut_off, at, 
         assert logged(out, kind) == logged(whole, kind)
     for name in ("best.safetensors", "last.safetensors"):
         assert same_weights(out / name, whole / name)
+
+
+def test_an_owed_validation_is_dropped_where_there_is_none_any_more(whole, monkeypatch, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    content = torch.load(out / "checkpoint-00000008.pt", weights_only=True)
+    torch.save({**content, "owed": True}, out / "checkpoint-00000008.pt")
+    assert run(monkeypatch, out=out, resume=True, val_split=None) == 0
+    assert logged(out, "val") == logged(whole, "val")
 
 
 def test_an_output_whose_name_is_too_long_is_refused_by_its_flag(monkeypatch, tmp_path, capsys):
@@ -421,6 +441,20 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_flags(settings, message, 
     assert run(monkeypatch, out=out, resume=True, **settings) == 2
     assert re.search(message, capsys.readouterr().err)
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
+
+
+def test_only_what_decides_nothing_that_is_learnt_may_differ_when_a_run_goes_on(whole):
+    content = torch.load(whole / "checkpoint-00000008.pt", weights_only=True)
+    config, refused = Config.from_json(json.loads(content["config"])), set()
+    for name in (field.name for field in fields(Config)):
+        try:
+            checkpoint.load_checkpoint(whole, replace(config, **{name: "other"}), same={})
+        except ValueError:
+            refused.add(name)
+    assert {field.name for field in fields(Config)} - refused == {
+        "resume", "out", "data", "workers", "device", "compile", "fsdp", "grad_checkpointing",
+        "log_every", "val_every", "val_images", "val_split", "save_every", "cam_threshold",
+    }  # fmt: skip
 
 
 TINY = {
@@ -519,6 +553,10 @@ def test_a_broken_or_foreign_checkpoint_is_refused_and_never_executed(whole, mon
     torch.save({"step": 8, "config": SCENES.to_text(), "bomb": Bomb()}, path)
     assert run(monkeypatch, out=out, resume=True) == 2
     assert not (tmp_path / "executed").exists()
+    older = (out / "checkpoint-00000006.pt").rename(tmp_path / "older.pt")
+    assert run(monkeypatch, out=out, resume=True) == 2
+    assert "Start anew in another folder" in capsys.readouterr().err
+    older.rename(out / "checkpoint-00000006.pt")
     path.unlink()
     assert run(monkeypatch, out=out, resume=True) == 0  # the older one is as good
     assert same_weights(out / "last.safetensors", whole / "last.safetensors")
@@ -700,7 +738,7 @@ def test_fp16_whose_gradients_are_finite_at_no_scale_stops_the_run(monkeypatch, 
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_a_term_that_is_not_finite_stops_the_run_and_leaves_the_evidence(log_every, monkeypatch, capsys, tmp_path):
     poisoned(monkeypatch, at=5)
-    assert run(monkeypatch, out=tmp_path, log_every=log_every, val_every=0) == 3
+    assert run(monkeypatch, out=tmp_path, log_every=log_every, val_every=0, save_every=4) == 3
     said = capsys.readouterr().err
     assert "step 5: the loss term `cls` is not finite" in said and "diverged.pt" in said
     kept = torch.load(tmp_path / "diverged.pt", weights_only=True)
@@ -762,6 +800,13 @@ def test_an_image_that_breaks_on_the_way_is_named_and_the_steps_before_are_kept(
     assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-00000002.pt"]
 
 
+def test_a_run_that_breaks_before_its_first_step_leaves_no_checkpoint(monkeypatch, tmp_path):
+    data, out = make_folder(tmp_path / "data"), tmp_path / "run"
+    TrainImages(read_split(data, "train"), 64, 0).item(0).image.write_bytes(b"half")
+    assert run(monkeypatch, "folder", data=data, out=out, workers=0, model="small", pretrained=False, crop=64) == 2
+    assert not checkpoint.checkpoints(out) and not list(out.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -791,6 +836,22 @@ def test_the_settings_of_the_network_reach_it(preset):
     model = build_model(replace(preset, mu=0.25, hidden=96, dilation=3), 2)
     assert model.frequency.mu == 0.25
     assert (model.head.phi_0.out_channels, model.head.phi_0.dilation) == (96, (3, 3))
+
+
+def test_the_encoder_of_a_run_has_its_intermediate_block_and_the_positions_of_its_crop():
+    encoder = build_model(replace(VOC, pretrained=False, **TINY, intermediate=-2), 2).encoder
+    assert encoder.intermediate == -2
+    assert encoder.model.pos_embed.shape[1] == 1 + (64 // 16) ** 2
+
+
+def test_the_small_network_is_four_blocks_near_the_identity_on_tokens_of_four_pixels():
+    encoder = build_model(SCENES, 2).encoder
+    assert encoder.patch_size == 4 and len(encoder.model.blocks) == 4
+    for block in encoder.model.blocks:
+        assert (block.attn.num_heads, block.attn.head_dim) == (2, 32)
+        assert block.ls1.gamma.unique().tolist() == block.ls2.gamma.unique().tolist() == pytest.approx([0.01])
+    with pytest.raises(ValueError, match="ConvStem: expected a patch size of 4"):
+        ConvStem(img_size=64, patch_size=8)
 
 
 def test_checkpointing_of_gradients_is_switched_on_where_it_is_asked_for():
