@@ -242,6 +242,7 @@ def test_the_sweep_is_the_best_of_separate_runs_and_says_that_it_was_chosen(fold
         assert fixed[f"{name}_miou"] == swept[f"{name}_miou"] and fixed["iou"][name] == swept["iou"][name]
         assert fixed["best_thresholds"][name]["miou"] == swept[f"{name}_miou"]
     assert len({run["cam_miou"] for run in runs}) > 5
+    assert [run["thresholds"]["cam"] for run in runs] == [{"value": i / 20, "source": FIXED} for i in range(20)]
 
 
 def test_scenes_are_scored_alike_whatever_the_batch():
@@ -324,6 +325,20 @@ def test_what_is_not_scored_has_no_figure(folder):
     assert result["seg_miou"] is result["cam_miou"] is result["boundary_iou"] is None
     assert result["classification_map"] > 0 and result["thresholds"] == {}
     assert result["images"]["segmentation"] == 0 and result["images"]["classification"] == 3
+
+
+def test_images_of_one_size_may_differ_in_what_is_known_of_them(folder):
+    whole = folder.split.items[0]
+    items = whole, whole._replace(name="unlabelled", labels=None), whole._replace(name="bare", mask=None)
+    result = evaluate(network(), EvalImages(Split(folder.split.classes, items)), Protocol(), device="cpu")
+    images = result["images"]
+    assert (images["segmentation"], images["classification"], images["cam"]) == (2, 2, 1)
+
+
+def test_a_class_that_no_image_shows_has_no_precision_and_does_not_count(folder):
+    items = (folder.split.items[0]._replace(labels=(1,)),)
+    result = evaluate(network(), EvalImages(Split(folder.split.classes, items)), Protocol(), device="cpu")
+    assert result["average_precision"]["cam"] == [None, 100, None] and result["classification_map"] == 100
 
 
 def test_the_report_counts_images_and_ends_at_their_number(folder):
@@ -604,6 +619,8 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_in_them_runs(command, w
     refused(r"--weights: .*odd\.safetensors is of another model: it has another shape of")
     save_weights(path, small(2).state_dict(), config, ("a", "b"))
     refused(r"--data: .* has the 3 classes a, b, c; .*odd\.safetensors was trained on 2 classes a, b\. They must")
+    save_weights(path, state, config, ("a", "c", "b"))
+    refused(r"--data: .* has the 3 classes a, b, c; .*odd\.safetensors was trained on 3 classes a, c, b\. They must")
     refused(r"--weights: there is no file .*gone", weights=tmp_path / "gone")
     pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists()  # the trap works
@@ -615,10 +632,13 @@ def test_what_cannot_be_done_is_refused_by_flag_or_file_and_the_old_result_stays
     (tmp_path / "empty.json").write_text('{"classes": ["a"], "items": []}')
     gone = {"name": "x", "image": "gone.png", "mask": None, "labels": [0]}
     (tmp_path / "missing.json").write_text(json.dumps({"classes": ["a", "b", "c"], "items": [gone]}))
+    write_split(tmp_path, "later", folder.split.classes, [folder.split.items[i] for i in (3, 0)])  # 3 has no mask
     for flags, message in [
         ({"data": tmp_path, "split": "empty"}, r"empty\.json lists no image"),
         ({"data": tmp_path, "split": "missing"}, r"image of 'x' in .*missing\.json is missing: .*gone\.png"),
         ({"data": tmp_path, "split": "none"}, r"there is no .*none\.json"),
+        ({"data": tmp_path / "gone"}, r"read_split: there is no .*gone/val\.json"),
+        ({"data": tmp_path, "split": "later", "images": 1}, r"--split: no image of 'later' in .* has a mask"),
         ({"out": tmp_path / "file" / "x.json"}, r"--out: cannot write .*file/x\.json"),
         ({"out": tmp_path}, r"--out: expected a file, got the folder"),
         ({"submission": tmp_path / "file"}, r"--submission: cannot write"),
