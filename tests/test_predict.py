@@ -142,6 +142,10 @@ def test_a_large_image_is_shrunk_for_the_network_and_its_label_enlarged(command,
         assert np.abs(stored["probabilities"].astype(float).sum(0) - 1).max() < 1e-2
 
 
+def test_a_line_is_shrunk_to_a_line():
+    assert script.shrunk(torch.zeros(3, 1, 5000, dtype=torch.uint8), 1024).shape == (3, 1, 1024)
+
+
 def test_of_equal_scores_the_first_counts_at_any_size():
     scores = torch.tensor([[[1.0]], [[2.0]], [[2.0]]]).expand(3, 2, 2)
     assert (script.best_label(scores, (2, 2)) == 1).all() and (script.best_label(scores, (5, 7)) == 1).all()
@@ -280,6 +284,11 @@ def test_a_result_that_is_broken_or_older_than_its_image_or_not_there_is_made_ag
     code, said = command(photos, "--probabilities")
     assert code == 0 and "of 4 images" in said and "kept 1" in said
     assert all(path.read_bytes() == data for path, data in before.items() if path.suffix != ".npz")
+    torn = bytearray(before[out / "probabilities/tall.npz"])
+    torn[len(torn) // 2] ^= 255
+    (out / "probabilities/tall.npz").write_bytes(torn)
+    code, said = command(photos, "--probabilities")
+    assert code == 0 and "of 1 images" in said and "kept 4" in said
     code, said = command(photos, "--probabilities", "--overwrite")
     assert code == 0 and "of 5 images" in said
 
@@ -295,6 +304,14 @@ def test_pictures_of_other_settings_are_refused_or_replaced_and_nothing_else_is_
     code, said = command(photos / "a", "--crf", "--overwrite")
     assert code == 0, said
     assert files(out) == ["labels/mine.png", "labels/x.png", "overlays/x.jpg", "predict.json"]
+
+
+def test_each_setting_that_decides_a_pixel_makes_other_pictures(weights):
+    usual = script.Settings(("photos",), weights)
+    changes = {"crf": True}, {"crf_prune": 0.1}, {"max_side": 512}, {"alpha": 0.1}, {"precision": "bf16"}
+    many = {"multi": True}, {"multi": True, "scales": (1.0,)}
+    assert len({str(replace(usual, **change).same()) for change in ({}, *changes, *many)}) == 8
+    assert replace(usual, out=Path("elsewhere"), workers=0, scales=(2.0,)).same() == usual.same()
 
 
 def test_a_folder_with_something_else_is_refused(command, photos, tmp_path):
@@ -401,7 +418,8 @@ def test_up_from_a_linked_folder_is_where_it_leads(photos, tmp_path):
 
 
 def test_files_that_are_no_images_are_counted_by_their_suffix(command, photos, tmp_path):
-    for name in ("small.gif", "a/x.jfif", "a/y.GIF", "README"):
+    (photos / ".trash").mkdir()
+    for name in ("small.gif", "a/x.jfif", "a/y.GIF", "README", "._one.png", ".trash/x.png"):  # the hidden ones are none
         (photos / name).touch()
     for where in ([photos], [photos / "**"], [photos, photos / "a", photos / "*"]):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
