@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
-from recipe.prepare import class_table, pool_of
+from recipe.prepare import class_table, digest, pool_of
 from recipe.progress import Bar, some
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
 from rich.console import Console
@@ -114,6 +114,7 @@ def sbd_masks():
     masks["a"][:] = 7  # VOC's own mask of a says otherwise
     masks["c"][:] = 7
     masks["d"][2:5, 1:4] = 1
+    masks["e"][0] = 255
     masks["e"][1:3] = 20
     masks["e"][4:] = 3
     return masks
@@ -188,6 +189,7 @@ def test_voc_and_sbd_become_one_data_set(voc, monkeypatch, capsys):
     record = json.loads((out / "prepare.json").read_text())
     assert record["report"]["train"]["label_unseen"] == 1  # the dog of d has no pixel
     assert record["report"]["train"]["mask_unlabelled"] == 0 and record["left_out"] == {}
+    assert record["report"]["test"]["no_label"] == 0  # nobody knows them, which is not to have none
 
 
 def test_the_outer_folders_may_be_named_too(voc, monkeypatch):
@@ -306,6 +308,38 @@ def test_an_output_of_an_earlier_version_is_said_to_be_one(settings, voc, monkey
     assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
 
 
+def test_an_output_that_is_half_removed_is_no_longer_completed(voc, monkeypatch, capsys):
+    run(monkeypatch, prepare_voc, **voc)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        assert run(patch, prepare_voc, **voc, overwrite=True) == 130
+    assert run(monkeypatch, prepare_voc, **voc) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
+
+
+def test_overwriting_removes_a_link_and_not_what_it_leads_to(voc, monkeypatch):
+    run(monkeypatch, prepare_voc, **voc)
+    masks, elsewhere = voc["out"] / "SegmentationClassAug", voc["out"].with_name("elsewhere")
+    masks.rename(elsewhere)
+    masks.symlink_to(elsewhere)
+    before = state(elsewhere)
+    assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
+    assert state(elsewhere) == before == state(masks) and not masks.is_symlink()
+
+
+def test_a_change_far_inside_a_file_changes_its_digest(tmp_path):
+    path, found = tmp_path / "annotations.json", set()
+    for last in b"ab":
+        path.write_bytes(bytes(3 << 20) + bytes([last]))
+        found.add(digest(path))
+    assert len(found) == 2
+
+
 def test_overwriting_never_removes_a_source(voc, monkeypatch, capsys):
     inside = voc["out"] / "lists"
     inside.mkdir(parents=True)
@@ -366,6 +400,7 @@ def test_an_image_with_a_hurt_file_is_left_out_and_named(kind, voc, monkeypatch,
 
 
 def test_a_split_without_a_good_image_is_not_written(voc, monkeypatch, capsys):
+    run(monkeypatch, prepare_voc, **voc)
     (voc["voc"] / "JPEGImages/f.jpg").unlink()
     assert run(monkeypatch, prepare_voc, **voc) == 1
     assert "wrote train.json, voc_train.json, val.json in" in one_line(capsys.readouterr().out)
@@ -380,6 +415,12 @@ def test_a_mended_file_is_taken_up_by_the_next_run(voc, monkeypatch):
     path.write_bytes(whole)
     assert run(monkeypatch, prepare_voc, **voc) == 0
     assert len(read_split(voc["out"], "train").items) == 4
+
+
+def test_a_mask_that_voc_lacks_is_not_taken_from_sbd(voc, monkeypatch):
+    (voc["voc"] / "SegmentationClass/a.png").unlink()
+    assert run(monkeypatch, prepare_voc, **voc) == 1
+    assert [*json.loads((voc["out"] / "prepare.json").read_text())["left_out"]] == ["a"]
 
 
 def test_an_image_that_voc_lacks_comes_from_sbd(voc, monkeypatch, capsys):
@@ -569,8 +610,16 @@ def test_the_smaller_instance_is_on_top(coco, monkeypatch):
     assert (mask[:20, :20] == 2).sum() == 300 and (mask == 3).sum() == 1200
 
 
-def test_images_without_annotation_are_kept_on_demand(coco, monkeypatch):
+def test_of_equal_instances_the_later_number_is_on_top_in_any_order():
+    square = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    both = [prepare_coco.Instance(number, number, number, square) for number in (1, 2)]
+    for instances in (both, both[::-1]):
+        assert set(prepare_coco.paint((6, 6), instances).ravel()) == {0, 2}
+
+
+def test_images_without_annotation_are_kept_on_demand(coco, monkeypatch, capsys):
     assert run(monkeypatch, prepare_coco, **coco, keep_unlabelled=True) == 0
+    assert "the official data has 118,287" in one_line(capsys.readouterr().out)
     item = next(item for item in read_split(coco["out"], "train").items if item.name == "deep/3")
     assert item.labels == () and not load_label(item.mask).any()
     assert item.mask == coco["out"] / "masks/train/deep/3.png"
@@ -578,6 +627,7 @@ def test_images_without_annotation_are_kept_on_demand(coco, monkeypatch):
 
 def test_a_coco_run_is_completed_and_never_mixed(coco, monkeypatch, capsys):
     run(monkeypatch, prepare_coco, **coco)
+    assert "the official data has 117,266" in one_line(capsys.readouterr().out)
     path = coco["out"] / "masks/val/val.0 ü.png"
     before = path.read_bytes()
     path.unlink()
@@ -1018,9 +1068,10 @@ def test_labels_that_all_miss_are_refused_with_a_hint(listed, hint, mine, tmp_pa
 def test_the_images_of_each_class_are_counted_and_a_single_one_is_doubted(mine, tmp_path, monkeypatch, capsys):
     rows = [f"{name},{'cat' if i else 'cat;rokcet'}" for i, name in enumerate(NAMES)]
     (tmp_path / "l.csv").write_text("\n".join(["name,labels", *rows]), encoding="utf-8")
-    assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.csv", val_fraction=0) == 0
+    given = {"labels": tmp_path / "l.csv", "classes": ("cat", "rokcet", "yak"), "val_fraction": 0}
+    assert run(monkeypatch, prepare_folder, **mine, **given) == 0
     said = one_line(capsys.readouterr().out)
-    assert "images of each class, train cat 5 rokcet 1" in said
+    assert "images of each class, train cat 5 rokcet 1 yak 0" in said and "no image shows yak." in said
     assert "shown by a single image: rokcet. Check the spelling." in said
 
 
@@ -1043,7 +1094,8 @@ def test_of_many_classes_that_no_image_shows_a_few_are_named(mine, tmp_path, mon
         json.dumps({name: ["ox", *rare][: 1 + 200 * (not i)] for i, name in enumerate(NAMES)})
     )
     assert run(monkeypatch, prepare_folder, **mine, labels=tmp_path / "l.json", val_fraction=0.2) == 0
-    assert re.search(r": no image shows rare 0, (rare \d+, ){19}\.\.\.", one_line(capsys.readouterr().out))
+    said = one_line(capsys.readouterr().out)
+    assert re.search(r": no image shows rare 0, (rare \d+, ){19}\.\.\.", said)
 
 
 def test_of_many_classes_the_rarest_are_counted(mine, tmp_path, monkeypatch, capsys):
@@ -1109,6 +1161,12 @@ def test_an_image_without_a_row_is_in_no_split(mine, tmp_path, monkeypatch, caps
     assert "1 images have no labels and are in no split: b/5" in said
     assert re.search(r"images without any label [^\d]*1 ", said)
     assert [item.labels for item in read_split(mine["out"], "train").items] == [(0,), (0,), (0,), ()]
+    (tmp_path / "some.txt").write_text("b/5\n")
+    again = mine | {"labels": tmp_path / "l.json", "overwrite": True}
+    assert run(monkeypatch, prepare_folder, **again, val_list=tmp_path / "some.txt") == 2
+    assert "there is no image 'b/5' with labels" in capsys.readouterr().err
+    assert run(monkeypatch, prepare_folder, **again, test_list=tmp_path / "some.txt") == 0
+    assert read_split(mine["out"], "test").items[0].labels is None
 
 
 def test_what_one_list_leaves_is_the_other_split(mine, tmp_path, monkeypatch):
