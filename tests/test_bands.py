@@ -111,6 +111,12 @@ def test_a_wave_has_its_amplitude_at_the_higher_of_its_frequencies(cycles, place
     assert count.tolist() == [1, *((2 * j + 1) ** 2 - (2 * j - 1) ** 2 for j in range(1, 14)), 28**2 - 27**2]
 
 
+def test_energies_are_squared_before_their_mean_over_the_channels():
+    both = wave(3)
+    silent = torch.cat([both[:, :1], 0 * both[:, 1:]], 1)
+    assert_close(2 * amplitudes(silent)[1], amplitudes(both)[1])
+
+
 def relative(features, bins):
     return relative_log_amplitude({tuple(features.shape[2:]): amplitudes(features)}, bins)
 
@@ -121,13 +127,16 @@ def test_the_relative_amplitude_by_hand():
     logs = relative(10 + 2 * wave(2), 14)
     assert logs[2] == pytest.approx(torch.tensor(2 / 16 / 100).log10().item() / 2, abs=1e-4)
     assert logs[5] is None or logs[5] < -6
+    logs = relative(10 + wave(7, 50), 25)  # 7 / 50 * 50 is more than 7
+    assert logs[7] > -3 and logs[8] < -6
     assert relative(torch.ones(1, 1, 4, 4), 14)[1] is None  # no such frequency in 4 tokens
 
 
 def test_white_noise_is_flat_over_grids_of_several_sizes():
     generator = torch.Generator().manual_seed(0)
-    images = {(40, 40): 1, (16, 16): 9}
-    noise = {grid: 10 + torch.randn(count, 200, *grid, generator=generator) for grid, count in images.items()}
+    images = {(40, 40): (1, 20), (16, 16): (9, 10)}  # how many, and their mean
+    noise = {grid: mean + torch.randn(n, 200, *grid, generator=generator) for grid, (n, mean) in images.items()}
     logs = relative_log_amplitude({grid: amplitudes(features) for grid, features in noise.items()}, 8)
     average = (1600 + 9 * 256) / 10
-    assert logs[1:] == pytest.approx([-1 - torch.tensor(average).log10().item() / 2] * 8, abs=0.015)
+    square = (20**2 + 9 * 10**2) / 10
+    assert logs[1:] == pytest.approx([-torch.tensor(square * average).log10().item() / 2] * 8, abs=0.015)

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from recipe import look
 from recipe.config import SCENES
 from recipe.data import Example, Item, write_split
 from recipe.figures import (
@@ -32,6 +33,7 @@ from recipe.figures import (
     twice_colour,
 )
 from recipe.look import (
+    Compared,
     Glance,
     Motivation,
     Patch,
@@ -161,6 +163,13 @@ def test_the_patch_of_one_class_has_no_other_and_without_a_prototype_there_is_no
     assert patch.one == int(scene.labels.argmax()) and patch.other is None
 
 
+def test_where_no_token_is_like_both_classes_the_patch_is_any_of_them():
+    similarity = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]], [[[0.9, 0.3]], [[0.1, 0.8]]]])  # (2, K, h, w)
+    everywhere = torch.ones(2, 1, 2, dtype=torch.bool)
+    found = Compared(everywhere.float(), similarity, torch.ones(2, dtype=torch.bool), everywhere, everywhere[0])
+    assert patch_of(found)[:4] == (0, 1, 0, 1)
+
+
 def test_fig_4_does_not_depend_on_the_order_of_images_of_several_sizes(trained, scene):
     images = [scene.image, scene.image[:, :, :32], scene.image.flip(1), scene.image[:, 8:]]
     found = []
@@ -169,7 +178,7 @@ def test_fig_4_does_not_depend_on_the_order_of_images_of_several_sizes(trained, 
         for number in order:
             motivation.add(images[number], scene.labels)
         found.append(motivation.numbers())
-    assert found[0]["frequency"] == found[1]["frequency"]
+    assert found[0]["frequency"] == found[1]["frequency"] == [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8]  # of the 16 x 8 tokens
     for name, curve in found[0]["relative_log10_amplitude"].items():
         assert found[1]["relative_log10_amplitude"][name] == pytest.approx(curve, abs=1e-5)
 
@@ -192,10 +201,27 @@ def test_fig_4_counts_what_the_selection_selects(trained, scene):
     assert numbers["high_band_share_of_white_noise"] == pytest.approx((256 - 13 * 13) / 255)
     assert glances[0].patch == seen[0].patch and glances[0].labels == set(seen[0].classes)
     json.dumps(numbers, allow_nan=False)
+    motivation.add(scene.image, torch.eye(len(CLASSES))[seen[0].classes[0]])  # no token can be of several classes there
+    assert motivation.numbers()["selected_for_several_classes"] == numbers["selected_for_several_classes"]
+
+
+def test_what_lies_beyond_the_histogram_is_in_its_outer_columns(trained, scene, monkeypatch):
+    monkeypatch.setattr(look, "EDGES", (-0.01, 0.0, 0.01))
+    motivation = Motivation(trained)
+    motivation.add(scene.image, scene.labels)
+    numbers = motivation.numbers()
+    assert sum(numbers["histogram"]) == numbers["pairs"] and min(numbers["histogram"]) > 0
+
+
+def test_where_nothing_is_dropped_white_noise_has_no_high_band(trained, scene, monkeypatch):
+    monkeypatch.setattr(trained.model.frequency, "mu", 0.5)
+    motivation = Motivation(trained)
+    motivation.add(scene.image, scene.labels)
+    assert motivation.numbers()["high_band_share_of_white_noise"] == 0
 
 
 def test_predicted_labels_are_the_likely_ones_or_else_the_likeliest():
-    assert predict_labels(torch.tensor([-1.0, 2.0, 0.1, -3.0])).tolist() == [0, 1, 1, 0]
+    assert predict_labels(torch.tensor([-1.0, 2.0, 0.1, -3.0, 0.0])).tolist() == [0, 1, 1, 0, 0]
     assert predict_labels(torch.tensor([-1.0, -2.0, -0.1])).tolist() == [0, 0, 1]
     assert predict_labels(torch.arange(1.0, 10.0)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
 

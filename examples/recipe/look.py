@@ -19,7 +19,7 @@ from recipe.data import Example
 from recipe.picture import band_cams, spectrum_of
 from recipe.weights import Trained
 
-LIKELY, AT_MOST = 0.5, 5  # a predicted label: at least this probability, and not more than so many an image
+LIKELY, AT_MOST = 0.5, 5  # a predicted label: more than this probability, and not more than so many an image
 GAPS = tuple(round(0.005 * step, 3) for step in range(101))  # thresholds of the curve of Fig. 4
 EDGES = tuple(round(0.005 * step, 3) for step in range(-100, 101))  # of its histogram
 
