@@ -212,13 +212,18 @@ def test_a_second_run_keeps_what_is_good_and_mends_the_rest(voc, monkeypatch, ca
     (masks / "b.png").write_bytes((masks / "b.png").read_bytes()[:60])
     label(masks / "c.png", np.zeros((3, 3)))
     label(masks / "d.png", np.full(SIZES["d"], 137))
-    (masks / ".5f.part").write_bytes(b"of a killed run")
-    (voc["out"] / ".train.5f.json").write_bytes(b"of a killed run")
+    (masks / ".0123456789abcdef.part").write_bytes(b"of a killed run")
+    (voc["out"] / ".train.ab12_xyz.json").write_bytes(b"of a killed run")
+    mine = [voc["out"] / ".mine.txt", masks / ".mine.part", voc["out"] / ".labels.json"]
+    for path in mine:
+        path.write_bytes(b"mine")
     stamp = (masks / "e.png").stat().st_mtime_ns
     capsys.readouterr()
     assert run(monkeypatch, prepare_voc, **voc) == 0
     assert re.search(r"masks written [^\d]*3 [^\d]*2 [^\d]*1", one_line(capsys.readouterr().out))
     assert (masks / "e.png").stat().st_mtime_ns == stamp
+    for path in mine:
+        path.unlink()  # it was not touched
     after = state(voc["out"])
     assert {n: b for n, b in after.items() if n != "prepare.json"} == {n: b for n, b in before.items() if n != "prepare.json"}  # fmt: skip # noqa: E501
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from recipe.files import open_folder, write_text
 from recipe.progress import Bar, Screen, say, some
 
 RECORD = "prepare.json"
+PARTS = r"\.[0-9a-f]{16}\.part|\.[\w-]+\.\w{8}\.(json|txt)"  # what `save_label` and `written` leave when killed
 ROWS = {
     "images": "images",
     "official": "images in the official data",
@@ -85,7 +87,7 @@ def claim(
     old = _record(out)
     if not overwrite and old is not None and {key: old.get(key) for key in mine} == mine:
         for part in out.rglob(".*"):  # what a killed run was writing
-            if part.suffix in (".part", ".json", ".txt"):
+            if part.is_file() and re.fullmatch(PARTS, part.name):
                 part.unlink()
         return
     if any(out.iterdir()) and not overwrite:
