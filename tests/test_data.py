@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from recipe.data import (
     SceneImages,
     Split,
     TrainImages,
+    decoding,
+    loading,
     read_image,
     read_mask,
     read_split,
@@ -31,7 +34,7 @@ from recipe.data import (
 )
 from recipe.files import write_text, written
 from recipe.scenes import Scenes, make_scenes
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ffr.draw import save_label
 
@@ -77,6 +80,14 @@ def test_a_prepared_folder_can_be_moved(folder, tmp_path):
     assert all(item.image.is_relative_to(tmp_path) for item in read_split(tmp_path / "moved", "train").items)
 
 
+def test_files_in_a_folder_that_is_named_by_a_link_are_inside_it(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    path = write_split(tmp_path / "link", "linked", CLASSES, [Item("x", tmp_path / "link/0.png", folder / "0.png", ())])
+    entry = json.loads(path.read_text(encoding="utf-8"))["items"][0]
+    assert (entry["image"], entry["mask"]) == ("0.png", "0.png")
+    path.unlink()
+
+
 def test_files_elsewhere_are_listed_by_their_absolute_path(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     path = write_split(tmp_path, "train", CLASSES, [Item("x", Path("sub/ph oto.0 é.png"), None, ())])
@@ -100,10 +111,13 @@ GOOD = {"name": "x", "image": "sub/ph oto.0 é.png", "mask": None, "labels": [0]
         ({"classes": ["a"], "items": [GOOD, 3]}, r"item 1 of .*odd\.json is no entry"),
         ({"classes": ["a"], "items": [GOOD | {"labels": [1]}]}, r"odd\.json: expected labels in 0\.\.0 for 'x', got 1"),
         ({"classes": ["a"], "items": [GOOD | {"labels": ["a"]}]}, r"expected labels in 0\.\.0 for 'x', got 'a'"),
+        ({"classes": ["a", "b"], "items": [GOOD | {"labels": [True]}]}, r"expected labels in 0\.\.1 for 'x', got True"),
         ({"classes": ["a"], "items": [GOOD | {"labels": [0, 0]}]}, r"a label of 'x' is listed twice"),
         ({"classes": ["a"], "items": [GOOD | {"name": "../x"}]}, r"'\.\./x' is no name of an image"),
         ({"classes": ["a"], "items": [GOOD | {"name": "/x"}]}, r"'/x' is no name of an image"),
         ({"classes": ["a"], "items": [GOOD | {"name": " "}]}, r"' ' is no name of an image"),
+        ({"classes": ["a"], "items": [GOOD | {"name": "a\\b"}]}, r"'a\\\\b' is no name of an image"),
+        ({"classes": ["a"], "items": [GOOD | {"name": "a\0b"}]}, r"'a\\x00b' is no name of an image"),
         ({"classes": ["a"], "items": [GOOD | {"image": "no.png"}]}, r"image of 'x' in .* is missing: .*no\.png"),
         ({"classes": ["a"], "items": [GOOD | {"mask": "no.png"}]}, r"mask of 'x' in .* is missing: .*no\.png"),
     ],
@@ -255,6 +269,11 @@ def test_a_warning_is_given_once_and_not_for_every_file(tmp_path):
         for n in range(5):
             read_image(tmp_path / f"{n}.jpg")
     assert len(given) == 1
+
+
+def test_want_of_memory_is_no_fault_of_a_file():
+    with pytest.raises(MemoryError), decoding("read_image", "a.jpg"):
+        raise MemoryError
 
 
 @pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("F", 0.5)])
@@ -425,6 +444,19 @@ def test_scenes_are_flipped_shifted_and_recoloured_and_no_edge_is_filled_with_bl
     assert batch.min() > 0.15
     assert batch[:, 0].amax((1, 2)).std() > 0.05  # bright and dark ones
     assert len({int(row.argmax()) for row in batch[~flipped][:, 0, 0]}) > 2  # the right edge has moved
+
+
+class Patience(Dataset):
+    """Whether the process that reads leaves Ctrl-C to another."""
+
+    def __getitem__(self, index):
+        return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_workers_leave_an_interruption_to_the_process_that_they_work_for():
+    for workers in (0, 1):
+        with loading(Patience(), sampler=[0], batch_size=None, num_workers=workers) as answers:
+            assert next(answers) is bool(workers)
 
 
 def test_a_broken_image_is_named_when_its_turn_comes(tmp_path):
