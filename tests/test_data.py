@@ -200,6 +200,10 @@ def test_what_is_transparent_shows_white(tmp_path):
     assert (image[:3] == 255).all() and np.array_equal(image[3:], RGB[3:])
     Image.fromarray(np.concatenate([RGB[..., :1], alpha], 2)).save(tmp_path / "b.png")
     assert (read_image(tmp_path / "b.png").permute(1, 2, 0).numpy()[:3] == 255).all()
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([200, 0, 0])
+    palette.save(tmp_path / "c.png", transparency=0)
+    assert (read_image(tmp_path / "c.png") == 255).all()
 
 
 def test_cmyk_is_converted(tmp_path):

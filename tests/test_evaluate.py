@@ -457,7 +457,8 @@ def test_the_rows_are_the_protocols_of_the_recipe():
         single = Protocol(threshold=threshold)
         multi = Protocol((1.0, 1.25, 1.5), flip=True, threshold=threshold, cam_scales=(1.0, 0.5, 1.5))
         assert list(made.values()) == [single, replace(single, crf=True), multi, replace(multi, crf=True)]
-    assert script.Settings(Path("w"), threshold=0.3).protocols(trained)["single"].threshold == 0.3
+    for threshold in (0.3, 0.0):
+        assert script.Settings(Path("w"), threshold=threshold).protocols(trained)["single"].threshold == threshold
     assert script.Settings(Path("w"), sweep=True).protocols(trained)["single"].threshold is None
 
 

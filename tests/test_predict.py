@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import predict as script
@@ -222,6 +223,26 @@ def test_a_broken_file_is_skipped_and_named_and_the_others_are_done(command, pho
     assert len(files(tmp_path / "out/labels")) == 5
 
 
+def test_an_image_that_is_too_large_for_the_memory_is_skipped_and_named(command, photos, monkeypatch):
+    look = script.look
+
+    def full(model, images, *how):
+        if images.shape[2] == SIZES["tall"][0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return look(model, images, *how)
+
+    monkeypatch.setattr(script, "look", full)
+    code, said = command(photos)
+    assert code == 1 and "of 4 images" in said
+    assert "tall.png: the memory of cpu is too small for it; lower --max-side" in said
+
+
+def test_more_labels_than_a_byte_holds_are_refused(command, photos, monkeypatch):
+    monkeypatch.setattr(script, "load_weights", lambda *given: SimpleNamespace(classes=("x",) * 256))
+    code, said = command(photos)
+    assert code == 2 and "--weights: 256 classes and background do not fit into one byte a pixel" in said
+
+
 def test_a_large_image_is_done_and_found_done_without_a_warning(command, photos, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     assert "of 1 images" in command(photos / "a")[1]
@@ -370,6 +391,11 @@ def test_files_folders_and_globs_are_found_once_and_named_from_where_they_were_a
     if len(list(photos.glob("[oO]*"))) == 3:  # a file system that tells them apart
         names = {"one.BMP": "one.BMP", "ONE.png~2": "ONE.png", "one.png~3": "one.png"}
         assert named(photos / "[oO]*") == names
+
+
+def test_a_name_grows_until_it_reaches_the_folders_that_differ():
+    found = {Path(f"/{one}/p/q/x.png"): Path(f"/{one}/p/q") for one in "ab"}
+    assert [*script.name_all(found, {})] == ["a/p/q/x", "b/p/q/x"]
 
 
 def test_linked_folders_are_searched_once_and_a_dead_link_is_skipped_and_named(command, photos, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from array import array
 from collections import Counter
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from recipe.data import EvalImages, TrainImages, read_split
-from recipe.prepare import class_table, digest, pool_of
+from recipe.files import written
+from recipe.prepare import PARTS, class_table, digest, pool_of, saved_mask
 from recipe.progress import Bar, some
 from reference import coco_counts, coco_instance, coco_label, coco_polygon
 from rich.console import Console
@@ -313,6 +315,14 @@ def test_an_output_of_an_earlier_version_is_said_to_be_one(settings, voc, monkey
     assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
 
 
+def test_the_number_behind_the_last_label_is_no_label_either(tmp_path):
+    for value, good in ((2, True), (3, False)):
+        path, drawn = tmp_path / f"{value}.png", np.full((2, 2), value, np.uint8)
+        with nullcontext() if good else pytest.raises(ValueError, match=r"c\.mat: expected values 0\.\.2 or 255"):
+            saved_mask(path, 3, (2, 2), lambda drawn=drawn: drawn, Path("c.mat"))
+        assert path.is_file() is good
+
+
 def test_an_output_that_is_half_removed_is_no_longer_completed(voc, monkeypatch, capsys):
     run(monkeypatch, prepare_voc, **voc)
 
@@ -335,6 +345,11 @@ def test_overwriting_removes_a_link_and_not_what_it_leads_to(voc, monkeypatch):
     before = state(elsewhere)
     assert run(monkeypatch, prepare_voc, **voc, overwrite=True) == 0
     assert state(elsewhere) == before == state(masks) and not masks.is_symlink()
+
+
+def test_what_a_killed_run_was_writing_has_a_name_that_tells_it(tmp_path):
+    with written(tmp_path / "train_aug.txt") as part:
+        assert re.fullmatch(PARTS, part.name)
 
 
 def test_a_change_far_inside_a_file_changes_its_digest(tmp_path):
@@ -620,6 +635,15 @@ def test_of_equal_instances_the_later_number_is_on_top_in_any_order():
     both = [prepare_coco.Instance(number, number, number, square) for number in (1, 2)]
     for instances in (both, both[::-1]):
         assert set(prepare_coco.paint((6, 6), instances).ravel()) == {0, 2}
+
+
+@pytest.mark.parametrize(("count", "fits"), [(254, True), (255, False)])  # 255 is not scored
+def test_more_classes_than_a_mask_has_numbers_are_refused(count, fits, tmp_path):
+    raw = {"categories": [{"id": n, "name": f"{n}"} for n in range(count)], "annotations": []}
+    raw["images"] = [{"id": 1, "file_name": "a.jpg", "height": 4, "width": 4}]
+    (tmp_path / "a.json").write_text(json.dumps(raw))
+    with nullcontext() if fits else pytest.raises(ValueError, match="it has 255 classes"):
+        assert len(prepare_coco.read_annotations(tmp_path / "a.json").categories) == 254
 
 
 def test_images_without_annotation_are_kept_on_demand(coco, monkeypatch, capsys):
@@ -1177,7 +1201,7 @@ def test_an_image_without_a_row_is_in_no_split(mine, tmp_path, monkeypatch, caps
 def test_what_one_list_leaves_is_the_other_split(mine, tmp_path, monkeypatch):
     lists = {"val_list": tmp_path / "val.txt", "test_list": tmp_path / "test.txt"}
     lists["val_list"].write_text("a/one\n")
-    lists["test_list"].write_text("b/5\n")
+    lists["test_list"].write_text("./b/5\n")
     assert run(monkeypatch, prepare_folder, **mine, **lists) == 0
     names = {split: [item.name for item in read_split(mine["out"], split).items] for split in ("train", "val", "test")}
     assert names == {"train": ["a/two words.v2", "b/sub/drei ü", "b/四"], "val": ["a/one"], "test": ["b/5"]}

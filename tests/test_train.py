@@ -348,6 +348,18 @@ def test_a_signal_ends_the_step_saves_it_and_the_rest_is_the_same(
     assert [line["step"] for line in logged(out, "run")] == [0, at]
 
 
+def test_a_second_interruption_ends_the_run_at_once_and_a_second_end_by_a_scheduler_does_not():
+    with train.interruptible() as got:
+        try:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # which would end the tests
+            pytest.fail("the second one ended it")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert got == [signal.SIGTERM] * 2
+
+
 def test_a_signal_in_the_last_step_comes_too_late_to_leave_anything_out(monkeypatch, tmp_path):
     signalled(monkeypatch, 2, signal.SIGTERM)
     assert run(monkeypatch, out=tmp_path, steps=2, val_every=0) == 0
@@ -530,9 +542,10 @@ def test_other_images_are_another_run(monkeypatch, tmp_path, capsys):
     small |= {"data": data, "out": tmp_path / "run", "seg_start": 9, "affinity_start": 9, "workers": 0}
     assert run(monkeypatch, "folder", **small) == 0
     split = read_split(data, "train")
-    write_split(data, "train", split.classes, split.items[1:])
-    assert run(monkeypatch, "folder", resume=True, **small) == 2
-    assert "the samples are others" in capsys.readouterr().err
+    for items in (split.items[1:], (split.items[0]._replace(labels=()), *split.items[1:])):  # or other labels
+        write_split(data, "train", split.classes, items)
+        assert run(monkeypatch, "folder", resume=True, **small) == 2
+        assert "the samples are others" in capsys.readouterr().err
 
 
 class Bomb:
@@ -846,7 +859,7 @@ def test_the_encoder_of_a_run_has_its_intermediate_block_and_the_positions_of_it
 
 def test_the_small_network_is_four_blocks_near_the_identity_on_tokens_of_four_pixels():
     encoder = build_model(SCENES, 2).encoder
-    assert encoder.patch_size == 4 and len(encoder.model.blocks) == 4
+    assert encoder.patch_size == 4 and len(encoder.model.blocks) == 4 and encoder.model.num_prefix_tokens == 0
     for block in encoder.model.blocks:
         assert (block.attn.num_heads, block.attn.head_dim) == (2, 32)
         assert block.ls1.gamma.unique().tolist() == block.ls2.gamma.unique().tolist() == pytest.approx([0.01])
