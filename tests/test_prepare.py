@@ -437,12 +437,6 @@ def test_a_mended_file_is_taken_up_by_the_next_run(voc, monkeypatch):
     assert len(read_split(voc["out"], "train").items) == 4
 
 
-def test_a_mask_that_voc_lacks_is_not_taken_from_sbd(voc, monkeypatch):
-    (voc["voc"] / "SegmentationClass/a.png").unlink()
-    assert run(monkeypatch, prepare_voc, **voc) == 1
-    assert [*json.loads((voc["out"] / "prepare.json").read_text())["left_out"]] == ["a"]
-
-
 def test_an_image_that_voc_lacks_comes_from_sbd(voc, monkeypatch, capsys):
     shutil.move(voc["voc"] / "JPEGImages/d.jpg", voc["sbd"] / "dataset/img/d.jpg")
     assert run(monkeypatch, prepare_voc, **voc) == 0
