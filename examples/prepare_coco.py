@@ -12,7 +12,7 @@ of COCO 2014). Other data in COCO's format works as well, up to 254 classes. Run
 import json
 import sys
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,6 +118,8 @@ def read_annotations(path: Path) -> Annotations:
             raise ValueError("it lists no category, no image, an image twice, or one without pixels")
         if len(categories) > 254:
             raise ValueError(f"it has {len(categories)} classes, and an indexed PNG holds 254 at most")
+        if twice := [name for name, count in Counter(categories.values()).items() if count > 1]:
+            raise ValueError(f"it has several categories called {twice[0]!r}; name each class once")
         return Annotations(categories, images, instances)
 
 

@@ -631,6 +631,15 @@ def test_of_equal_instances_the_later_number_is_on_top_in_any_order():
         assert set(prepare_coco.paint((6, 6), instances).ravel()) == {0, 2}
 
 
+def test_two_categories_of_one_name_are_refused_before_a_mask_is_painted(tmp_path):
+    image = {"id": 1, "file_name": "a.jpg", "height": 2, "width": 2}
+    categories = [{"id": number, "name": "cat"} for number in (3, 7)]
+    raw = {"categories": categories, "images": [image], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"a\.json.*several categories called 'cat'"):
+        prepare_coco.read_annotations(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(("count", "fits"), [(254, True), (255, False)])  # 255 is not scored
 def test_more_classes_than_a_mask_has_numbers_are_refused(count, fits, tmp_path):
     raw = {"categories": [{"id": n, "name": f"{n}"} for n in range(count)], "annotations": []}
