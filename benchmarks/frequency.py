@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
 from multiprocessing import get_context
@@ -138,8 +139,8 @@ class Case(NamedTuple):
     batch: int
     layout: str
 
-    def inputs(self, arguments: Arguments) -> Tensor:
-        """The first input."""
+    def features(self, arguments: Arguments) -> Tensor:
+        """Maps or tokens to split."""
         shape = (self.batch, arguments.channels, *self.grid)
         if self.layout == "tokens":
             shape = (self.batch, self.grid[0] * self.grid[1], arguments.channels)
@@ -148,22 +149,28 @@ class Case(NamedTuple):
 
 
 def compile_ahead(cases: list[Case], arguments: Arguments) -> None:
-    """Let processes compile the kernels of all cases side by side: Triton keeps them on the disk, one by one it waits.
+    """Let processes compile the kernels of all cases side by side; Triton keeps them on the disk.
 
     Each takes as much memory as a case does. What goes wrong here comes up again where it is measured.
     """
-    room = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 20 * arguments.limit
+    cuda = arguments.device.startswith("cuda")
+    room = torch.cuda.mem_get_info(arguments.device)[0] / 2**30 if cuda else 20 * arguments.limit
     workers = max(1, min(len(cases), os.cpu_count() or 1, 8, int(room / (10 * arguments.limit))))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = [pool.submit(split_once, case, arguments) for case in cases]
-        problems = [error for one in done if (error := one.exception()) is not None]
+        try:
+            done = [pool.submit(split_once, case, arguments) for case in cases]
+            problems = [error for one in done if (error := one.exception()) is not None]
+        except BrokenProcessPool as error:
+            problems = [error]
+        finally:
+            pool.shutdown(cancel_futures=True)
     if problems:
         print(f"compiling ahead failed for {len(problems)} of {len(cases)} cases: {problems[0]}")
 
 
 def split_once(case: Case, arguments: Arguments) -> None:
     """Forward and backward, as they are measured."""
-    x = case.inputs(arguments)
+    x = case.features(arguments)
     way = forms(case.grid, case.layout, arguments)["ours"]
     both_ways(way, (torch.randn_like(x), torch.randn_like(x)))(x)
 
@@ -171,7 +178,7 @@ def split_once(case: Case, arguments: Arguments) -> None:
 def measured(one: Case, arguments: Arguments) -> Iterator[dict[str, Any]]:
     """Rows of one case: forward, and forward with backward."""
     dtype, grid, batch, layout = one
-    x = one.inputs(arguments)
+    x = one.features(arguments)
     copies = 1 if arguments.device == "cpu" else max(1, CACHE // x.nbytes)
     inputs = [x, *(x.clone() for _ in range(copies - 1))]
     weights = torch.randn_like(x), torch.randn_like(x)

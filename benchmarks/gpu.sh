@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The benchmarks on this machine's GPU, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
 # Figures go to FOLDER, by default benchmarks/results. What fails or runs out of time is named, the rest goes on, and the
-# exit status is 1; a benchmark that is stopped keeps the cases it has. SECONDS_IN_ALL (560) bounds the whole.
+# exit status is 1; what measures case after case and is stopped keeps the cases it has. SECONDS_IN_ALL (560) bounds the whole.
 set -uo pipefail
 folder="${1:+$(realpath -m "$1")}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,7 +41,7 @@ run() { # run SECONDS SUBJECT SCRIPT OPTION...: one benchmark, its figures in FO
     esac
 }
 
-# The most wanted first. The compiled refinement is not here: a GPU has a kernel for it, and to compile it takes minutes.
+# The most wanted first. The compiled refinement is not here: a GPU has a kernel for it.
 run 90 step step.py --precision bf16
 run 180 frequency frequency.py --quick
 run 60 crf crf.py --limit 2 --rounds 2

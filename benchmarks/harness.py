@@ -194,9 +194,13 @@ class _Stopped(BaseException):
 
 
 def until_stopped(rows: Iterable[dict[str, Any]]) -> Rows:
-    """The rows, or those that are there when SIGTERM comes, as `timeout` sends it; without any it ends the script."""
+    """The rows, or those that are there when SIGTERM comes, as `timeout` sends it; without any it ends the script.
+
+    Stopped once, a script is left to write what it has: further SIGTERMs are ignored.
+    """
 
     def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cost what is kept
         raise _Stopped
 
     found, before = Rows(), signal.signal(signal.SIGTERM, stop)
@@ -208,7 +212,10 @@ def until_stopped(rows: Iterable[dict[str, Any]]) -> Rows:
             sys.exit("stopped before the first result")
         found.complete = False
         print(f"\nstopped: {len(found)} results are kept, the rest is missing")
-    finally:
+    except BaseException:
+        signal.signal(signal.SIGTERM, before)
+        raise
+    if found.complete:
         signal.signal(signal.SIGTERM, before)
     return found
 

@@ -30,7 +30,10 @@ nitpick_ignore_regex = [(r"py:.*", r"(torch|numpy|np|nn|collections|os|pathlib|t
 
 
 def setup(app):
-    """Leave out what `print` shows of a module, and the fields of a NamedTuple, which its own docstring explains."""
+    """Leave out what `print` shows of a module, and the fields of a NamedTuple, which its own docstring explains.
+
+    A name in single backticks is a link where there is something to link to.
+    """
     app.connect("missing-reference", lambda app, env, node, shown: shown if _argument(node) else None)
     app.connect(
         "autodoc-skip-member", lambda app, what, name, value, skip, options: _said_elsewhere(name, value) or None

@@ -1,4 +1,7 @@
-"""Triton's interpreter: before Triton 3.8 NumPy 2.5 ended no loop for it, of whose end it makes an array of one."""
+"""Importing this lets Triton's interpreter before 3.8 run loops under NumPy 2.5, for which an array of one is no int.
+
+It can go when 3.8 is the oldest Triton that is tested.
+"""
 
 from triton.runtime import interpreter
 

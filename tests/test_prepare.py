@@ -347,9 +347,24 @@ def test_overwriting_removes_a_link_and_not_what_it_leads_to(voc, monkeypatch):
     assert state(elsewhere) == before == state(masks) and not masks.is_symlink()
 
 
-def test_what_a_killed_run_was_writing_has_a_name_that_tells_it(tmp_path):
-    with written(tmp_path / "train_aug.txt") as part:
+@pytest.mark.parametrize(
+    "name", ["prepare.json", "voc_train.json", *(f"{name}.txt" for name in prepare_voc.LISTS.values())]
+)
+def test_what_a_killed_run_was_writing_has_a_name_that_tells_it(name, tmp_path):
+    with written(tmp_path / name) as part:
         assert re.fullmatch(PARTS, part.name)
+
+
+def test_what_a_killed_run_was_painting_has_a_name_that_tells_it(tmp_path, monkeypatch):
+    parts = []
+    monkeypatch.setattr(os, "replace", lambda part, target: parts.append(Path(part).name))
+    save_label(tmp_path / "a.png", np.zeros((2, 2), np.uint8))
+    assert len(parts) == 1 and re.fullmatch(PARTS, parts[0])
+
+
+@pytest.mark.parametrize("name", [".backup.20251129.txt", ".notes.original.json", ".train.Original.txt", ".a.part"])
+def test_a_hidden_file_of_ones_own_is_no_part(name):
+    assert not re.fullmatch(PARTS, name)
 
 
 def test_a_change_far_inside_a_file_changes_its_digest(tmp_path):
@@ -503,13 +518,45 @@ if __name__ == "__main__":
 """
 
 
+SERVED = sys.platform == "linux" and sys.version_info >= (3, 11)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process starts anew")
+@pytest.mark.skipif(not SERVED, reason="here every process starts anew")
 def test_the_processes_of_a_pool_share_what_is_large():
+    before = os.environ.copy()
     with pool_of(2) as pool:
         server = pool.submit(os.getppid).result()
         assert server != os.getpid()
         assert "libtorch" in Path(f"/proc/{server}/maps").read_text()
+    assert os.environ == before
+
+
+WHERE = """
+import sys
+from ffr import crf
+from recipe.prepare import pool_of
+def where():
+    from ffr import crf
+    return crf.__file__
+if __name__ == "__main__":
+    with pool_of(1) as pool:
+        print(pool.submit(where).result() == crf.__file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temporary", ["t", "t" * 90])  # the second is too long for the server's socket
+def test_the_processes_of_a_pool_import_what_the_script_imports(temporary, tmp_path):
+    for name in ("ffr/__init__.py", "ffr/crf.py", "rich/__init__.py", "script/script.py"):  # another ffr is here
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(WHERE if name.endswith("script.py") else "")
+    (tmp_path / temporary).mkdir()
+    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path / temporary)}
+    run = [sys.executable, "script/script.py"]
+    made = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert made.stdout == "True\n", made.stderr
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ class Trainer:
             blocks = getattr(getattr(self.model.encoder, "model", None), "blocks", None)
             for part in blocks or [self.model.encoder]:
                 part.compile()  # by block: one graph serves them all, and an image of another size does not cost much
-            if accelerator.device.type == "cpu":  # a GPU has a kernel for it, which a compiled part would pass over
+            if accelerator.device.type == "cpu":  # most GPUs have a kernel for it, which it would pass over compiled
                 self.objective.refinement.compile()
         if self.ranks > 1 and any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
             if accelerator.device.type == "cpu":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,7 +32,8 @@ from recipe.files import open_folder, write_text
 from recipe.progress import Bar, Screen, say, some
 
 RECORD = "prepare.json"
-PARTS = r"\.[0-9a-f]{16}\.part|\.[\w-]+\.\w{8}\.(json|txt)"  # what `save_label` and `written` leave when killed
+# what `save_label` and `written` leave when killed
+PARTS = r"\.[0-9a-f]{16}\.part|\.(prepare|(voc_)?train(_aug)?|val|test)\.[a-z0-9_]{8}\.(json|txt)"
 ROWS = {
     "images": "images",
     "official": "images in the official data",
@@ -232,13 +233,28 @@ def _guarded(function: Callable[[Task], Done], task: Task) -> Done:
 def pool_of(workers: int) -> ProcessPoolExecutor:
     """So many processes of one thread each.
 
-    They are not forked from this one, whose torch, CUDA and progress bar have threads by now. On Linux they come from a
-    server that imports once what takes long and much memory, and share it; elsewhere each starts anew.
+    They are not forked from this one, whose torch, CUDA and progress bar have threads by now. Where it can, they come
+    from a server that imports once what takes long and much memory, and share it; elsewhere each starts anew.
     """
-    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload([name for name in LARGE if name in sys.modules])
+    context = get_context("forkserver" if _served() else "spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+
+
+def _served() -> bool:
+    """Start the server, if it can import from where this process does, and not from the folder that it runs in."""
+    if sys.platform != "linux" or sys.version_info < (3, 11):  # before, that folder cannot be left out
+        return False
+    forkserver.set_forkserver_preload([name for name in LARGE if name in sys.modules])
+    before = os.environ.copy()
+    os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(sys.path))
+    try:
+        forkserver.ensure_running()
+    except OSError:  # no place for its socket: a TMPDIR with a long name
+        return False
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return True
 
 
 def start_worker() -> None:
