@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The benchmarks on this machine's GPU, ten minutes in all: bash benchmarks/gpu.sh [FOLDER]
 # Figures go to FOLDER, by default benchmarks/results. What fails or runs out of time is named, the rest goes on, and the
-# exit status is 1; what measures case after case and is stopped keeps the cases it has. SECONDS_IN_ALL (560) bounds the whole.
+# exit status is 1; what measures case after case and is stopped keeps the cases it has. SECONDS_IN_ALL, by default 560,
+# bounds the whole.
 set -uo pipefail
 folder="${1:+$(realpath -m "$1")}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

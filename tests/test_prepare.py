@@ -546,7 +546,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temporary", ["t", "t" * 90])  # the second is too long for the server's socket
+@pytest.mark.parametrize("temporary", ["t", "t" * 90], ids=["", "too long a path for the server's socket"])
 def test_the_processes_of_a_pool_import_what_the_script_imports(temporary, tmp_path):
     for name in ("ffr/__init__.py", "ffr/crf.py", "rich/__init__.py", "script/script.py"):  # another ffr is here
         (tmp_path / name).parent.mkdir(exist_ok=True)
