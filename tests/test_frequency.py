@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from ffr import Bands, FrequencyMask, split_bands
+from ffr import Bands, FrequencyMask, frequency, split_bands
 from ffr.frequency import _cached_basis, _cached_projection, passed
 
 seeds = st.integers(0, 2**32 - 1)
@@ -84,6 +84,18 @@ def test_bfloat16_is_native_and_close(grid, mu):
     assert low.dtype == high.dtype == torch.bfloat16
     assert_close(low.double(), by_fft(x, mu), rtol=0, atol=3e-2)
     assert_close(high.double(), x.double() - by_fft(x, mu), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("layout", ["maps", "tokens"])
+def test_where_a_processor_multiplies_bfloat16_slowly_the_products_are_float32(wide, layout, monkeypatch):
+    monkeypatch.setattr(frequency, "_AVX512", wide)
+    x = noise(0, 2, 32, 28, 28).bfloat16()
+    x, grid = (x.flatten(2).mT.contiguous(), (28, 28)) if layout == "tokens" else (x, None)
+    low, high = split_bands(x, 0.4, grid=grid)
+    once = torch.equal(low, split_bands(x.float(), 0.4, grid=grid).low.bfloat16())  # rounded once, at the end
+    assert once != wide
+    assert low.dtype == high.dtype == torch.bfloat16
 
 
 # Laws -------------------------------------------------------------------------------------------------------------
