@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -244,6 +244,8 @@ def _served() -> bool:
     """Start the server, if it can import from where this process does, and not from the folder that it runs in."""
     if sys.platform != "linux" or sys.version_info < (3, 11):  # before, that folder cannot be left out
         return False
+    from multiprocessing import forkserver  # not every system has one
+
     forkserver.set_forkserver_preload([name for name in LARGE if name in sys.modules])
     before = os.environ.copy()
     os.environ.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(sys.path))
